@@ -1,0 +1,71 @@
+# vlmx: make export MODEL=mobilevlm TARGET=tensorrt
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# any interpreter of 3.11: by that name, or a python3 that is one
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+
+MODEL ?= mobilevlm
+TARGET ?= onnxruntime
+
+# option of `vlmx export` -> variable, given only where the variable is set
+flag = $(if $($(1)),--$(2) "$($(1))")
+EXPORT_FLAGS = $(call flag,CHECKPOINT,checkpoint) $(call flag,VARIANT,variant) $(call flag,COMPRESS,compress) \
+  $(call flag,QUANT,quant) $(call flag,OUT,out) $(call flag,DELEGATE,delegate) $(call flag,BUILDER,builder) \
+  $(if $(FORCE),--force)
+
+help: ## list what make can do
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  variables of export: MODEL TARGET CHECKPOINT VARIANT COMPRESS QUANT OUT FORCE DELEGATE BUILDER"
+
+export: $(READY) ## compile MODEL for TARGET (onnxruntime, executorch, coreml, tensorrt)
+	@$(BIN)/vlmx export $(MODEL) --target $(TARGET) $(EXPORT_FLAGS)
+
+test: $(READY_DEV) ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: $(READY_DEV) ## ruff, mypy and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+doctor: $(READY) ## what each target can do on this machine
+	@$(BIN)/vlmx doctor
+
+zoo: $(READY) ## train zoo/mobilevlm-nano again (hours; resumes)
+	@$(BIN)/python -m zoo.train --out zoo/mobilevlm-nano
+
+evaluate: $(READY) ## held-out accuracy of zoo/mobilevlm-nano, into docs/zoo.md
+	@$(BIN)/python -m zoo.evaluate
+
+agreement: $(READY) ## greedy answers of every runtime against eager on held-out questions, into docs/agreement.md
+	@$(BIN)/python -m export.agreement
+
+clean: ## remove the environment and caches (bundles stay)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+	  || { echo "vlmx needs Python 3.11: install it, or set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "vlmx: creating the environment in $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+
+$(READY): requirements.lock pyproject.toml | $(BIN)/python
+	@echo "vlmx: installing the pinned packages of requirements.lock (about 2 GB, once; some minutes)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(READY_DEV): requirements-dev.lock $(READY)
+	@echo "vlmx: installing what the tests need besides (requirements-dev.lock)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev.lock
+	@touch $@
+
+.PHONY: help export test lint doctor zoo evaluate agreement clean

@@ -1,0 +1,1 @@
+"""Image-text samples, and statistics collected by running a program on them."""

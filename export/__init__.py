@@ -1,0 +1,1 @@
+"""vlmx compiles vision-language models for the hardware they must run on."""

@@ -1,0 +1,46 @@
+"""`vlmx verify`: a bundle's hashes, then its `lower` errors again on its own test vectors, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from export.stages import Progress
+from export.verify import gate, load_vectors, record
+from graphs.errors import GateError, UserError
+from runtimes.base import Unavailable, load_runtime
+from runtimes.manifest import VECTORS, Bundle, inside
+
+
+def recorded_limit(bundle: Bundle, method: str) -> float:
+    """The limit that the bundle was exported under. Raises UserError where the manifest has none."""
+    limit = bundle.manifest.get("limit")
+    if not isinstance(limit, float) or not 0 < limit <= 1e-2:
+        raise UserError(f"{bundle.directory}: the manifest's limit for {method} is {limit!r}")
+    return limit
+
+
+def verify_bundle(directory: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+    """The `lower` entries as this machine measures them.
+
+    Raises UserError where a file is not the one that the manifest describes, GateError where a method is off by more
+    than its limit or nothing could be executed here.
+    """
+    bundle = Bundle.open(directory)
+    progress(f"{bundle.check_files(progress)} files are as the manifest says")
+    vectors = load_vectors(inside(directory, VECTORS), bundle.artifact.signatures)
+    try:
+        runtime = load_runtime(bundle.target, bundle.artifact)
+    except Unavailable as why:
+        raise GateError(f"{directory}: files are whole, but {bundle.target} cannot run here: {why}") from why
+    inputs = {method: [call.inputs for call in calls] for method, calls in vectors.items()}
+    progress(f"running {runtime.version}")
+    actual = record(runtime, inputs)
+    entries: dict[str, dict[str, Any]] = {}
+    for method in vectors:
+        limit = recorded_limit(bundle, method)
+        entries |= gate({method: actual[method]}, {method: vectors[method]}, limit, runtime.version)
+    failed = [f"{name} {entry['relative_l2']:.2e}" for name, entry in entries.items() if not entry["passed"]]
+    if failed:
+        raise GateError(f"{directory}: relative L2 over the limit in {', '.join(failed)}")
+    return entries

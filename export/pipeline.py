@@ -1,0 +1,207 @@
+"""The way from a model's name to a verified bundle: load, trace, compress, quantize, lower, verify, publish."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.bundle import check_destination, staged, write_manifest
+from export.stages import Progress, Stages, to_stderr
+from export.targets.base import LIMITS, Capabilities, Lowered, LowerOptions, Target, load_target
+from export.verify import Vectors, compare, gate, program_signatures, record, save_vectors, seeded_inputs
+from graphs.errors import GateError, UserError, nearest
+from graphs.files import contained
+from graphs.model import COMPANIONS, Model, Request, load_model
+from graphs.preprocess.tokenizer import load_tokenizer
+from graphs.program import Program
+from graphs.trace import trace
+from quant.recipes import recipe
+from runtimes.base import Artifact, Unavailable, load_runtime
+from runtimes.eager import EagerRuntime
+from runtimes.manifest import SCHEMA, VECTORS, signature_to_json
+
+STAGES = ("load", "trace", "quantize", "lower", "verify", "publish")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Everything that decides what an export makes."""
+
+    request: Request
+    target: str
+    recipe: str | None = None  # None: the target's default
+    compress: str = ""
+    out: Path | None = None  # None: bundles/VARIANT-TARGET
+    force: bool = False
+    extra: Mapping[str, str] = field(default_factory=dict)  # the target's own options
+
+
+def choose_recipe(name: str | None, target: str, capabilities: Capabilities) -> str:
+    """The recipe to use. Raises UserError where there is none of that name or the target does not take it."""
+    if name is None:
+        return capabilities.recipes[0]
+    if recipe(name).name not in capabilities.recipes:
+        raise UserError(f"{target} does not take recipe '{name}': {nearest(name, capabilities.recipes)}")
+    return name
+
+
+def refuse_passes(text: str) -> None:
+    """Raise UserError for any compression pass: this version has none yet."""
+    if text.strip():
+        raise UserError(f"unknown pass '{text.split('{')[0].strip()}': this version has no compression passes yet")
+
+
+def prompt_record(model: Model) -> dict[str, Any]:
+    """What a client must know to prepare inputs and to stop: template, special tokens, context, picture handling."""
+    architecture = model.architecture
+    tokenizer = load_tokenizer(model.directory) if model.directory else None
+    processor = architecture.image_processor
+    return {
+        "template": asdict(architecture.template) if architecture.template else None,
+        "image": asdict(processor) if processor else None,
+        "bos_id": tokenizer.bos_id if tokenizer and tokenizer.adds_bos else None,
+        "eos_ids": list(tokenizer.eos_ids) if tokenizer else [],
+        "takes": "text and pictures" if tokenizer else "tensors only: the source has no tokenizer",
+        **architecture.facts(),
+    }
+
+
+def source_record(model: Model) -> dict[str, Any]:
+    """Where the weights came from: enough for the eager runtime to load them again."""
+    return {**asdict(model.request), "weights": model.origin}
+
+
+def artifact_of(program: Program, lowered: Lowered, directory: Path) -> Artifact:
+    """What the runtime loads, as the manifest will describe it."""
+    return Artifact(directory, program_signatures(program), lowered.files, lowered.details)
+
+
+def verify_lowered(
+    target: str, artifact: Artifact, lowered: Lowered, expected: Vectors, limit: float
+) -> dict[str, dict[str, Any]]:
+    """The `lower` entries of the manifest. Raises GateError where a method is off by more than `limit`."""
+    try:
+        runtime = load_runtime(target, artifact)
+    except Unavailable as why:
+        return {name: {"executed": False, "why": str(why), "checked": lowered.checked} for name in expected}
+    inputs = {method: [call.inputs for call in calls] for method, calls in expected.items()}
+    entries = gate(record(runtime, inputs), expected, limit, runtime.version)
+    failed = [f"{name} {entry['relative_l2']:.2e}" for name, entry in entries.items() if not entry["passed"]]
+    if failed:
+        raise GateError(f"{target} does not compute the model: relative L2 over {limit:g} in {', '.join(failed)}")
+    return entries
+
+
+def copy_companions(model: Model, directory: Path) -> None:
+    """Bring along the tokenizer and configuration files that the checkpoint has."""
+    if model.directory is None:
+        return
+    for name in COMPANIONS:
+        if (model.directory / name).exists():
+            shutil.copyfile(contained(model.directory, name), directory / name)
+
+
+def check_space(program: Program, directory: Path) -> None:
+    """Raise UserError where the disk has less room than the weights alone will take."""
+    tensors = (tensor for name in program for tensor in program.methods[name].exported.state_dict.values())
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory} has {free >> 20} MiB free, the bundle needs {needed >> 20} MiB: choose another --out"
+        )
+
+
+def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
+    """Make a bundle; its directory. Raises UserError for what the user can mend and GateError for a failed check."""
+    target: Target = load_target(options.target)
+    chosen = choose_recipe(options.recipe, options.target, target.capabilities)
+    refuse_passes(options.compress)
+    stages = Stages(progress, STAGES)
+    if options.out is not None:
+        check_destination(options.out, options.force)
+    with stages("load", options.request.model) as say:
+        model = load_model(options.request)
+        say(f"weights: {model.origin}")
+        if model.directory is None:
+            say("WARNING: RANDOM WEIGHTS: this bundle computes nothing meaningful; give --checkpoint")
+        out = options.out or Path("bundles") / f"{model.variant}-{options.target}"
+        check_destination(out, options.force)
+        prompt = prompt_record(model)
+    with stages("trace", "on fake tensors") as say:
+        source = trace(model.architecture, model.weights)
+        source.check()
+        say(f"methods: {', '.join(source)}")
+    with stages("quantize", chosen) as say:
+        native = chosen in target.capabilities.native
+        program = source if native else recipe(chosen).apply(source)
+        program.check()
+    with staged(out, options.force) as directory:
+        check_space(program, directory)
+        with stages("lower", options.target) as say:
+            legal = target.legalize(program)
+            legal.check()
+            metadata = {**prompt, "variant": model.variant}
+            lowered = target.lower(legal, directory, LowerOptions(chosen, metadata, options.extra, say))
+        with stages("verify", "against the source graph") as say:
+            expected = record(EagerRuntime(program), seeded_inputs(program_signatures(program)))
+            inputs = {method: [call.inputs for call in calls] for method, calls in expected.items()}
+            quantize = None if program is source else compare(expected, record(EagerRuntime(source), inputs))
+            artifact = artifact_of(program, lowered, directory)
+            limit = LIMITS[target.capabilities.arithmetic[chosen]]
+            lower = verify_lowered(options.target, artifact, lowered, expected, limit)
+            for name, entry in lower.items():
+                say(f"{name}: {describe(entry)}")
+        with stages("publish", str(out)):
+            save_vectors(directory / VECTORS, expected)
+            copy_companions(model, directory)
+            write_manifest(
+                directory,
+                {
+                    "schema": SCHEMA,
+                    "vlmx": version("vlmx"),
+                    "architecture": model.request.model,
+                    "variant": model.variant,
+                    "source": source_record(model),
+                    "target": options.target,
+                    "passes": options.compress,
+                    "recipe": chosen,
+                    "native_recipe": native,
+                    "limit": limit,
+                    "prompt": prompt,
+                    "methods": {
+                        name: {"file": lowered.files[name], **signature_to_json(signature)}
+                        for name, signature in artifact.signatures.items()
+                    },
+                    "details": dict(lowered.details),
+                    "verification": {
+                        name: {
+                            "compress": None,
+                            "quantize": quantize[name] if quantize else None,
+                            "lower": lower[name],
+                        }
+                        for name in program
+                    },
+                    "versions": {
+                        "python": platform.python_version(),
+                        "torch": str(torch.__version__),
+                        **lowered.versions,
+                    },
+                    "stages": stages.records,
+                },
+            )
+    return out
+
+
+def describe(entry: Mapping[str, Any]) -> str:
+    """A `lower` entry in words."""
+    if entry["executed"]:
+        return f"relative L2 {entry['relative_l2']:.2e} (limit {entry['limit']:g}) by {entry['by']}"
+    return f"NOT EXECUTED, {entry['why']}; {entry['checked'] or 'nothing checked'}"

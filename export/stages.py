@@ -1,0 +1,61 @@
+"""The stages of a long job: progress as it runs, and seconds and peak memory of each afterwards."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str], None]
+
+
+def to_stderr(line: str) -> None:
+    """Progress for people: standard output stays free for results."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def silent(line: str) -> None:
+    """No progress."""
+
+
+def reset_peak() -> None:
+    """Begin a new peak where the system can (Linux); elsewhere peaks are those of the process so far."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident size of this process since `reset_peak`, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+@dataclass
+class Stages:
+    """Runs named stages in order; `records` is what the manifest keeps of them."""
+
+    progress: Progress
+    names: tuple[str, ...]
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def __call__(self, name: str, what: str = "") -> Iterator[Progress]:
+        """Run one stage; gives a function that reports its detail lines."""
+        number = f"[{self.names.index(name) + 1}/{len(self.names)}] {name}"
+        self.progress(f"{number}: {what}" if what else number)
+        reset_peak()
+        start = time.perf_counter()
+        yield lambda line: self.progress(f"      {line}")
+        seconds, peak = time.perf_counter() - start, peak_rss_bytes()
+        self.records.append({"name": name, "seconds": round(seconds, 3), "peak_rss_bytes": peak})
+        self.progress(f"      {seconds:.1f} s, peak memory {peak / 2**20:.0f} MiB")

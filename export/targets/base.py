@@ -1,0 +1,78 @@
+"""What every target is: a capability table and the way from a Program to files."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from graphs.errors import UserError, nearest
+from graphs.program import Program
+
+#: relative L2 error of a lowered method, by the arithmetic it runs in, above which an export fails
+LIMITS = {"fp32": 1e-4, "fp16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target takes, as data."""
+
+    recipes: tuple[str, ...]  # recipe names it lowers, the default first
+    arithmetic: Mapping[str, str]  # recipe -> the arithmetic it runs in, a key of `LIMITS`
+    runs_on: str  # in words, for tables
+    native: frozenset[str] = frozenset()  # recipes that the target's own converter applies to the float32 program
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """What the pipeline tells a target; `progress` takes one line at a time, `extra` the target's own options."""
+
+    recipe: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # context, eos ids, visual tokens, ... for stock clients
+    extra: Mapping[str, str] = field(default_factory=dict)
+    progress: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What `lower` wrote: for each method its file relative to the directory, and `details` for its runtime.
+
+    `checked` says, in one line, what was proven while lowering (for targets that cannot run here).
+    """
+
+    files: Mapping[str, str]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    checked: str = ""
+
+
+class Target(Protocol):
+    """Lowers Programs for one kind of runtime."""
+
+    name: str
+    capabilities: Capabilities
+
+    def legalize(self, program: Program) -> Program:
+        """`program` in the operators and signatures that this target's converter takes; computes the same."""
+        ...
+
+    def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
+        """Write a legalized program's methods into `directory`, which exists and is empty."""
+        ...
+
+
+#: target name -> module and attribute; imported only when asked for
+TARGETS: dict[str, tuple[str, str]] = {
+    name: (f"export.targets.{name}", "TARGET") for name in ("coreml", "executorch", "onnxruntime", "tensorrt")
+}
+
+
+def load_target(name: str) -> Target:
+    """The target called `name`. Raises UserError naming the nearest one."""
+    if name not in TARGETS:
+        raise UserError(f"unknown target '{name}': {nearest(name, TARGETS)}")
+    module, attribute = TARGETS[name]
+    target: Target = getattr(importlib.import_module(module), attribute)
+    return target

@@ -1,0 +1,179 @@
+"""A Program's method as an ONNX graph whose weights are read only while its file is written.
+
+The fake-weight ExportedProgram is translated by `torch.onnx`; each initializer then becomes a lazy tensor that asks the
+Program for its weight, so memory stays near one tensor whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import TorchTensor
+from onnxscript import optimizer
+
+from export.targets.onnx_ops import TRANSLATIONS
+from graphs.program import Program, Signature
+
+#: plain operators that ONNX Runtime fuses and TensorRT parses, `Gelu`, and blocked int4 Q/DQ; measured in the tests
+OPSET = 21
+
+#: constants of at most this many elements are stored once; weights are larger and keep their names
+SHARED_SIZE = 16
+
+#: weights of fewer bytes stay inside the .onnx file
+INLINE_BYTES = 1024
+
+
+def emit(program: Program, method: str, opset: int = OPSET) -> ir.Model:
+    """The ONNX model of one method, named as its signature says, its weights still unread.
+
+    The method must own no state (`state_io.explicit_state`).
+    """
+    traced = program.methods[method]
+    signature = traced.signature
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quiet = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision is absent by design
+        level = quiet.level
+        quiet.setLevel(logging.ERROR)
+        try:
+            exported = torch.onnx.export(
+                traced.exported,
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
+                opset_version=opset,
+                custom_translation_table=TRANSLATIONS,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        finally:
+            quiet.setLevel(level)
+    assert exported is not None
+    model: ir.Model = exported.model
+    model.graph.name = method
+    attach_weights(model, program, method)
+    fold_transposes(model, program, method)
+    simplify(model)
+    name_dims(model, signature)
+    strip_metadata(model)
+    return model
+
+
+def attach_weights(model: ir.Model, program: Program, method: str) -> None:
+    """Make every initializer that stands for an entry of the method's state dict read it when asked."""
+    entries = program.methods[method].exported.state_dict
+    for name, value in model.graph.initializers.items():
+        if name in entries and value.const_value is not None:
+            shape = ir.Shape(tuple(entries[name].shape))
+            value.const_value = lazy(program, method, name, value.const_value.dtype, shape)
+
+
+def lazy(
+    program: Program, method: str, entry: str, dtype: ir.DataType, shape: ir.Shape, transposed: bool = False
+) -> ir.LazyTensor:
+    """A tensor that is read from the program each time it is asked for, and kept by nobody."""
+
+    def read() -> ir.TensorProtocol:
+        tensor = program.tensor(method, entry).detach()
+        copy = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
+        program.release(method, entry)
+        return TorchTensor(copy, name=entry)
+
+    return ir.LazyTensor(read, dtype=dtype, shape=shape, name=entry)
+
+
+def fold_transposes(model: ir.Model, program: Program, method: str) -> None:
+    """Store a matrix that the graph uses only transposed as its transpose: it is turned when it is written."""
+    for name, value in model.graph.initializers.items():
+        users = [usage.node for usage in value.uses()]
+        tensor = value.const_value
+        if not isinstance(tensor, ir.LazyTensor) or len(tensor.shape) != 2:
+            continue
+        if not users or any(node.op_type != "Transpose" for node in users):
+            continue
+        turned = ir.Shape(tuple(reversed(tensor.shape)))
+        value.const_value, value.shape = lazy(program, method, name, tensor.dtype, turned, transposed=True), turned
+        for node in users:
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            model.graph.remove(node, safe=True)
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold what is constant, drop what is unused, compute what is shared once."""
+    for _ in range(2):
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(size_limit=SHARED_SIZE),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
+def name_dims(model: ir.Model, signature: Signature) -> None:
+    """Replace the tracer's symbols (`s29`) by the names of the signature's dimensions, in every shape of the graph."""
+    names = {
+        str(size.value): dim.name
+        for value, spec in zip(model.graph.inputs, signature.inputs, strict=True)
+        for size, dim in zip(value.shape or (), spec.shape, strict=True)
+        if isinstance(size, ir.SymbolicDim) and not isinstance(dim, int)
+    }
+    values = [*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(size if isinstance(size, int) else renamed(size, names) for size in value.shape)
+
+
+def renamed(size: ir.SymbolicDim, names: Mapping[str, str]) -> str | None:
+    """A symbolic size, or an expression of some, in other names."""
+    return None if size.value is None else re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+
+
+def strip_metadata(model: ir.Model) -> None:
+    """Drop what the exporter noted about its own run: stack traces carry the paths of the machine it ran on."""
+    nodes = list(model.graph.all_nodes())
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(o for node in nodes for o in node.outputs)]
+    items: list[Any] = [model, model.graph, *nodes, *values]
+    for item in items:
+        item.metadata_props.clear()
+        item.doc_string = None
+
+
+def write(model: ir.Model, path: Path) -> None:
+    """Save `model` and, beside it in `<path>.data`, its weights, one in memory at a time; check the result."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
+    onnx.checker.check_model(str(path), full_check=False)
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator the graph has, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph.all_nodes()).most_common())
+
+
+def in_place(model: ir.Model, pairs: Mapping[str, str]) -> list[str]:
+    """The state inputs that only one scatter reads, which writes their output: one buffer may serve as both."""
+    values = {value.name: value for value in [*model.graph.inputs, *model.graph.outputs]}
+    scatters = {past: values[present].producer() for past, present in pairs.items()}
+    return [
+        past
+        for past, scatter in scatters.items()
+        if scatter is not None
+        and scatter.op_type == "ScatterND"
+        and [(usage.node, usage.idx) for usage in values[past].uses()] == [(scatter, 0)]
+    ]

@@ -1,0 +1,1 @@
+"""From a vision tower to a decoder: projectors and resamplers."""

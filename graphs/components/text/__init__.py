@@ -1,0 +1,1 @@
+"""Text decoders and encoders, and what they share."""

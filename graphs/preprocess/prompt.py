@@ -1,0 +1,100 @@
+"""Prompts to segments of text and images, and those to token ids.
+
+A template is data. Segmentation and tokenization are LLaVA's (`tokenizer_image_token` in
+https://github.com/haotian-liu/LLaVA, shared by MobileVLM): the prompt is cut at its image placeholders, every piece of
+text is tokenized by itself without special tokens, and one token that begins the text stands before everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphs.errors import UserError
+from graphs.preprocess.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """One turn of a conversation, as text: `system`, `user`, the images and the question, then `assistant`."""
+
+    system: str = ""
+    user: str = ""
+    assistant: str = ""
+    image: str = "<image>"
+    image_separator: str = "\n"  # after each image that the question does not place itself
+
+    def render(self, prompt: str, images: int) -> str:
+        """The whole prompt, with one placeholder an image.
+
+        Images stand before the question, unless it holds exactly as many placeholders as there are images: then they
+        stand there. Raises: UserError where it holds another number of them.
+        """
+        placed = prompt.count(self.image)
+        if placed not in (0, images):
+            raise UserError(f"the prompt has {placed} x {self.image} for {images} image(s); write {images} or none")
+        before = "" if placed else (self.image + self.image_separator) * images
+        return f"{self.system}{self.user}{before}{prompt}{self.assistant}"
+
+
+#: the conversation that MobileVLM, LLaVA 1.5 and others of Vicuna's descent were trained on
+VICUNA_V1 = PromptTemplate(
+    system=(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    ),
+    user="USER: ",
+    assistant=" ASSISTANT:",
+)
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """A piece of the prompt's text; never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """The place of image number `index`, counted from 0."""
+
+    index: int
+
+
+Segment = TextSegment | ImageSegment
+
+
+def segments(template: PromptTemplate, prompt: str, images: int) -> list[Segment]:
+    """The prompt in order, cut at its images. Raises: UserError as `PromptTemplate.render`."""
+    found: list[Segment] = []
+    for index, text in enumerate(template.render(prompt, images).split(template.image)):
+        if index:
+            found.append(ImageSegment(index - 1))
+        if text:
+            found.append(TextSegment(text))
+    return found
+
+
+def tokenize(pieces: Sequence[Segment], tokenizer: Tokenizer) -> list[NDArray[np.int64] | ImageSegment]:
+    """The segments with ids for text: int64 [T] arrays, T > 0, and image segments as they are.
+
+    Where the tokenizer adds a token that begins a text, it stands once, before everything.
+    """
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    tokenized: list[NDArray[np.int64] | ImageSegment] = []
+    if begin and (not pieces or isinstance(pieces[0], ImageSegment)):
+        tokenized.append(np.array(begin, dtype=np.int64))
+        begin = []
+    for piece in pieces:
+        if isinstance(piece, ImageSegment):
+            tokenized.append(piece)
+            continue
+        ids = begin + tokenizer.encode(piece.text)
+        begin = []
+        if ids:
+            tokenized.append(np.array(ids, dtype=np.int64))
+    return tokenized

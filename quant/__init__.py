@@ -1,0 +1,1 @@
+"""What each number of a deployed program is kept in."""

@@ -1,0 +1,77 @@
+"""A pass that keeps a program's floating point numbers in another dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
+
+from graphs.program import Program, TracedMethod
+from graphs.spec import TensorSpec
+from graphs.trace import trace_module
+
+
+@dataclass(frozen=True)
+class CastFloats:
+    """Weights, activations and state in `dtype`; inputs are cast on entry and outputs on leaving, so signatures stay.
+
+    The graph is traced anew, so that every operator is valid for its new operands.
+    """
+
+    dtype: torch.dtype
+
+    def run(self, program: Program) -> Program:
+        for name, traced in program.methods.items():
+            program = program.replace(name, self.cast(traced))
+        return program
+
+    def cast(self, traced: TracedMethod) -> TracedMethod:
+        state = tuple(replace(spec, dtype=self.dtype) for spec in traced.signature.state)
+        return replace(
+            traced,
+            signature=replace(traced.signature, state=state),
+            exported=retrace(traced.exported, traced.signature.inputs, self.dtype),
+        )
+
+
+def retrace(exported: ExportedProgram, inputs: tuple[TensorSpec, ...], dtype: torch.dtype) -> ExportedProgram:
+    """`exported` (on fake tensors) with float32 replaced by `dtype` inside."""
+    mode = next(t.fake_mode for t in exported.state_dict.values() if isinstance(t, FakeTensor))
+    module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    with mode:
+        cast_tensors(module, dtype)
+    cast_nodes(module.graph, dtype)
+    module.recompile()
+    return trace_module(module, inputs, mode)
+
+
+def cast_tensors(module: nn.Module, dtype: torch.dtype) -> None:
+    """Exchange every float32 parameter and buffer of `module` for one of `dtype`."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.dtype == torch.float32:
+                setattr(owner, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            if buffer.dtype == torch.float32:
+                setattr(owner, name, buffer.to(dtype))
+
+
+def cast_nodes(graph: fx.Graph, dtype: torch.dtype) -> None:
+    """Casts behind float inputs and before float outputs; operators that name float32 name `dtype` instead."""
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.meta["val"].dtype == torch.float32:
+            with graph.inserting_after(node):
+                inner = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+            node.replace_all_uses_with(inner, delete_user_cb=lambda user, inner=inner: user is not inner)
+        elif node.op == "call_function":
+            node.args = tuple(dtype if arg is torch.float32 else arg for arg in node.args)
+            node.kwargs = {key: dtype if arg is torch.float32 else arg for key, arg in node.kwargs.items()}
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        output.args = fx.map_arg(
+            output.args, lambda arg: graph.call_function(torch.ops.aten.to.dtype, (arg, torch.float32))
+        )

@@ -1,0 +1,1 @@
+"""Runs what targets wrote: one file a runtime, one generation loop over all of them."""

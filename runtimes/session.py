@@ -1,0 +1,116 @@
+"""A bundle ready to answer: its runtime, and the tokenizer, template and picture handling that its manifest records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from graphs.errors import UserError
+from graphs.model import Request, load_model
+from graphs.preprocess.image import ImageProcessor
+from graphs.preprocess.prompt import ImageSegment, PromptTemplate, segments, tokenize
+from graphs.preprocess.tokenizer import Tokenizer, load_tokenizer
+from graphs.program import Program
+from graphs.trace import trace
+from quant.recipes import recipe
+from runtimes.base import Runtime, Unavailable, load_runtime
+from runtimes.eager import EagerRuntime
+from runtimes.generate import Generation, Sampler, Segment, generate, greedy
+from runtimes.manifest import Bundle
+
+
+def rebuild(bundle: Bundle) -> Program:
+    """The program that a bundle was lowered from, from its recorded source. Raises UserError where that is gone."""
+    recorded = dict(bundle.manifest["source"])
+    recorded.pop("weights", None)
+    try:
+        request = Request(**recorded)
+    except TypeError as error:
+        raise UserError(f"{bundle.directory}: the manifest's source is damaged: {error}") from error
+    model = load_model(request)
+    program = trace(model.architecture, model.weights)
+    native = bundle.manifest.get("native_recipe", False)  # then the graph that was lowered is the unquantized one
+    return program if native else recipe(bundle.manifest["recipe"]).apply(program)
+
+
+def open_runtime(bundle: Bundle, name: str | None = None) -> Runtime:
+    """The bundle's own runtime, or `eager` from the source. Raises UserError where it cannot run here."""
+    if name == "eager":
+        return EagerRuntime(rebuild(bundle))
+    if name not in (None, bundle.target):
+        raise UserError(f"this bundle runs by '{bundle.target}' or 'eager', not by '{name}'")
+    try:
+        return load_runtime(bundle.target, bundle.artifact)
+    except Unavailable as why:
+        raise UserError(f"{bundle.target} cannot run on this machine: {why}; try --runtime eager") from why
+
+
+def tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON lists as the tuples that they were."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Answers prompts about pictures."""
+
+    runtime: Runtime
+    tokenizer: Tokenizer
+    template: PromptTemplate
+    processor: ImageProcessor | None
+    context: int
+
+    @classmethod
+    def open(cls, bundle: Bundle, runtime: str | None = None) -> Session:
+        """Raises UserError where the bundle takes tensors only, is no decoder, or cannot run here."""
+        prompt = bundle.manifest["prompt"]
+        tokenizer = load_tokenizer(bundle.directory)
+        if tokenizer is None:
+            raise UserError(f"{bundle.directory} has no tokenizer: it takes tensors only (see `vlmx verify`)")
+        if prompt["template"] is None:
+            raise UserError(f"{bundle.directory} takes no prompts: {bundle.manifest['architecture']} is no decoder")
+        return cls(
+            open_runtime(bundle, runtime),
+            tokenizer,
+            PromptTemplate(**prompt["template"]),
+            ImageProcessor(**tuples(prompt["image"])) if prompt["image"] else None,
+            prompt["context"],
+        )
+
+    def segments(self, prompt: str, images: Sequence[Image.Image]) -> list[Segment]:
+        """Token ids and pixels in the order the decoder reads them."""
+        if images and self.processor is None:
+            raise UserError("this model takes no pictures")
+        parts: list[Segment] = []
+        for piece in tokenize(segments(self.template, prompt, len(images)), self.tokenizer):
+            if isinstance(piece, ImageSegment):
+                assert self.processor is not None
+                parts.append(self.processor(images[piece.index]))
+            else:
+                parts.append(piece.tolist())
+        return parts
+
+    def stream(
+        self, prompt: str, images: Sequence[Image.Image], max_new_tokens: int = 128, choose: Sampler = greedy
+    ) -> Iterator[Generation]:
+        """The growing generation, token by token."""
+        return generate(
+            self.runtime,
+            self.segments(prompt, images),
+            context=self.context,
+            stop=self.tokenizer.eos_ids,
+            max_new_tokens=max_new_tokens,
+            choose=choose,
+        )
+
+    def answer(self, prompt: str, images: Sequence[Image.Image], max_new_tokens: int = 128) -> tuple[str, Generation]:
+        """The greedy answer's text, and how it came about."""
+        *_, last = self.stream(prompt, images, max_new_tokens)
+        return self.text(last), last
+
+    def text(self, generation: Generation) -> str:
+        """What a generation says."""
+        return self.tokenizer.decode(generation.tokens).strip()
