@@ -28,7 +28,7 @@ export: $(READY) ## compile MODEL for TARGET (onnxruntime, executorch, coreml, t
 	@$(BIN)/vlmx export $(MODEL) --target $(TARGET) $(EXPORT_FLAGS)
 
 test: $(READY_DEV) ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY_DEV) ## ruff, mypy and the direction of imports
 	@$(BIN)/ruff check .
@@ -47,6 +47,9 @@ evaluate: $(READY) ## held-out accuracy of zoo/mobilevlm-nano, into docs/zoo.md
 
 agreement: $(READY) ## greedy answers of every runtime against eager on held-out questions, into docs/agreement.md
 	@$(BIN)/python -m export.agreement
+
+matrix: $(READY) ## lower everything small to every target, into docs/matrix.md
+	@$(BIN)/python -m export.matrix
 
 clean: ## remove the environment and caches (bundles stay)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
@@ -68,4 +71,4 @@ $(READY_DEV): requirements-dev.lock $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev.lock
 	@touch $@
 
-.PHONY: help export test lint doctor zoo evaluate agreement clean
+.PHONY: help export test lint doctor zoo evaluate agreement matrix clean

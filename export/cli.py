@@ -11,12 +11,12 @@ import json
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from export.quiet import quiet_libraries
 from export.stages import silent, to_stderr
 from graphs.errors import GateError, UserError
 from graphs.files import reason
@@ -227,9 +227,7 @@ def standard_output_kept() -> Iterator[Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     args = parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    quiet_libraries()
     try:
         with standard_output_kept() as stdout:
             args.stdout = stdout

@@ -60,18 +60,41 @@ def cast_tensors(module: nn.Module, dtype: torch.dtype) -> None:
                 setattr(owner, name, buffer.to(dtype))
 
 
+def is_float32(node: object) -> bool:
+    """Whether a node's value is a float32 tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def insert_cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
+    """Have all users of `node` read it in `dtype`."""
+    with graph.inserting_after(node):
+        cast = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+
 def cast_nodes(graph: fx.Graph, dtype: torch.dtype) -> None:
-    """Casts behind float inputs and before float outputs; operators that name float32 name `dtype` instead."""
+    """Casts behind float inputs and before float outputs; operators that name float32 name `dtype` instead.
+
+    An operator that makes floats of other things without naming their dtype (a mask from comparisons) is cast, too.
+    """
     for node in list(graph.nodes):
-        if node.op == "placeholder" and node.meta["val"].dtype == torch.float32:
-            with graph.inserting_after(node):
-                inner = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
-            node.replace_all_uses_with(inner, delete_user_cb=lambda user, inner=inner: user is not inner)
+        if node.op == "placeholder" and is_float32(node):
+            insert_cast(graph, node, dtype)
         elif node.op == "call_function":
+            named = torch.float32 in [*node.args, *node.kwargs.values()]
             node.args = tuple(dtype if arg is torch.float32 else arg for arg in node.args)
             node.kwargs = {key: dtype if arg is torch.float32 else arg for key, arg in node.kwargs.items()}
+            if is_float32(node) and not named and not any(map(is_float, node.all_input_nodes)):
+                insert_cast(graph, node, dtype)
     output = graph.output_node()
     with graph.inserting_before(output):
         output.args = fx.map_arg(
             output.args, lambda arg: graph.call_function(torch.ops.aten.to.dtype, (arg, torch.float32))
         )
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether a node's value is a float tensor, or unknown (a weight, or a cast that was just inserted)."""
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point()

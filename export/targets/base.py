@@ -39,13 +39,13 @@ class LowerOptions:
 class Lowered:
     """What `lower` wrote: for each method its file relative to the directory, and `details` for its runtime.
 
-    `checked` says, in one line, what was proven while lowering (for targets that cannot run here).
+    `checked` says of each method, in one line, what was proven while lowering (for targets that cannot run here).
     """
 
     files: Mapping[str, str]
     details: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    checked: str = ""
+    checked: Mapping[str, str] = field(default_factory=dict)
 
 
 class Target(Protocol):

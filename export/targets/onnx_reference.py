@@ -24,7 +24,7 @@ def evaluate(program: Program, method: str, path: Path, limit: float) -> str:
     traced = program.methods[method]
     size = sum(tensor.nbytes for tensor in traced.exported.state_dict.values())
     if size > MAX_WEIGHT_BYTES:
-        return f"{method} not evaluated (its weights are {size / 2**30:.1f} GiB)"
+        return f"not evaluated (its weights are {size / 2**30:.1f} GiB)"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     by = f"onnxruntime {onnxruntime.__version__}"
@@ -42,4 +42,4 @@ def evaluate(program: Program, method: str, path: Path, limit: float) -> str:
         raise GateError(
             f"{method}: relative L2 of the ONNX graph, run by {by}, is {worst:.2e}; the limit is {limit:.0e}"
         )
-    return f"{method} evaluated by {by}: relative L2 {worst:.1e}"
+    return f"evaluated by {by}: relative L2 {worst:.1e}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx import Graph, Node
 
 from export.verify import compare, program_signatures, record, seeded_inputs
 from graphs.errors import UserError
@@ -11,6 +12,12 @@ from graphs.model import Request, load_model
 from graphs.trace import trace
 from quant.recipes import recipe
 from runtimes.eager import EagerRuntime
+
+
+def attention(graph: Graph) -> list[Node]:
+    """Everything that attention reads."""
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    return [argument for node in nodes for argument in node.all_input_nodes]
 
 
 @pytest.mark.parametrize("variant", ["tiny", "tiny-v2"])
@@ -22,6 +29,8 @@ def test_fp16_is_inside_and_close(variant: str) -> None:
     for name in half:
         floats = {t.dtype for t in half.methods[name].exported.state_dict.values() if t.is_floating_point()}
         assert floats == {torch.float16}
+        inside = [n.meta["val"].dtype for n in attention(half.methods[name].exported.graph)]
+        assert set(inside) <= {torch.float16}
     inputs = seeded_inputs(program_signatures(source))
     errors = compare(record(EagerRuntime(half), inputs), record(EagerRuntime(source), inputs))
     assert all(1e-6 < error["relative_l2"] < 1e-2 for error in errors.values())

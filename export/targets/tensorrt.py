@@ -1,0 +1,79 @@
+"""TensorRT: one engine a method, built from ONNX by TensorRT-RTX (no GPU needed) or by full TensorRT where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+from export.targets.base import LIMITS, Capabilities, Lowered, LowerOptions
+from export.targets.onnx_graph import OPSET, emit, operators, write
+from export.targets.onnx_reference import evaluate
+from export.targets.state_io import explicit_state, state_pairs
+from export.targets.trt_engine import HEADER_BYTES, build_engine, choose_builder, profiles_of
+from graphs.program import Program
+
+
+class TensorRTTarget:
+    """Writes `<method>.engine` for every method; `extra["builder"]` is `auto`, `tensorrt` or `tensorrt-rtx`."""
+
+    name = "tensorrt"
+    capabilities = Capabilities(
+        recipes=("reference-fp32", "reference-fp16"),
+        arithmetic={"reference-fp32": "fp32", "reference-fp16": "fp16"},
+        runs_on="NVIDIA GPUs",
+    )
+
+    def legalize(self, program: Program) -> Program:
+        """The same methods with their caches as inputs and outputs: an engine keeps no state."""
+        return explicit_state(program)
+
+    def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
+        """Evaluate each method's ONNX, then build its engine.
+
+        Raises UserError where there is no such builder, GateError where it refuses or the ONNX is off.
+        """
+        library, trt = choose_builder(options.extra.get("builder", "auto"))
+        version = f"{library.title} {trt.__version__}"
+        limit = LIMITS[self.capabilities.arithmetic[options.recipe]]
+        files: dict[str, str] = {}
+        methods: dict[str, Any] = {}
+        checked: dict[str, str] = {}
+        with TemporaryDirectory(prefix=".onnx-", dir=directory) as scratch:
+            for method, traced in program.methods.items():
+                options.progress(f"{method}: translating to ONNX")
+                model = emit(program, method)
+                path = Path(scratch) / f"{method}.onnx"
+                write(model, path)
+                options.progress(f"{method}: evaluating the ONNX with onnxruntime")
+                finding = evaluate(program, method, path, limit)
+                profiles = profiles_of(traced.signature)
+                options.progress(f"{method}: {version} builds the engine")
+                start = perf_counter()
+                engine = build_engine(library, trt, path, traced.signature, profiles, options.progress)
+                seconds = perf_counter() - start
+                files[method] = f"{method}.engine"
+                checked[method] = f"ONNX {finding}; parsed and built by {version}"
+                (directory / files[method]).write_bytes(engine.data)
+                options.progress(f"{method}: {engine.data.nbytes} bytes in {seconds:.1f} s")
+                for intermediate in Path(scratch).iterdir():
+                    intermediate.unlink()
+                methods[method] = {
+                    "state": state_pairs(traced.signature),
+                    "profiles": [{"name": p.name, "sizes": p.sizes} for p in profiles],
+                    "operators": operators(model),
+                    "layers": engine.layers,
+                    "warnings": engine.warnings,
+                    "bytes": engine.data.nbytes,
+                    "header": bytes(engine.data[:HEADER_BYTES]).hex(),
+                }
+        details = {
+            "builder": {"name": library.name, "version": trt.__version__, "engines_run_on": library.engines},
+            "opset": OPSET,
+            "methods": methods,
+        }
+        return Lowered(files, details, {library.name: trt.__version__}, checked)
+
+
+TARGET = TensorRTTarget()

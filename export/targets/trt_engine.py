@@ -1,0 +1,134 @@
+"""An ONNX file to a TensorRT engine, by whichever of the two libraries was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graphs.errors import GateError, UserError, nearest
+from graphs.program import Signature
+from graphs.spec import Dim
+from runtimes.cuda import gpu_name
+from runtimes.tensorrt_api import LIBRARIES, Library, collecting_logger
+
+Progress = Callable[[str], None]
+
+#: a prefill of this length is what kernels are tuned for: an image's tokens or a question's
+TYPICAL_LENGTH = 128
+
+#: memory that one layer may use for intermediate results
+WORKSPACE_BYTES = 1 << 30
+
+#: bytes at the start of an engine that its runtime compares: the magic word and the version
+HEADER_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sizes that one set of kernels is made for: least, typical and most of each dynamic dimension."""
+
+    name: str
+    sizes: dict[str, tuple[int, int, int]]
+
+    def shape(self, shape: Sequence[int | Dim], which: int) -> tuple[int, ...]:
+        """`shape` at its least (0), typical (1) or most (2) sizes."""
+        return tuple(size if isinstance(size, int) else self.sizes[size.name][which] for size in shape)
+
+
+def profiles_of(signature: Signature) -> tuple[Profile, ...]:
+    """`prefill`, over the whole range, and `decode`, one step at a time; none where every size is fixed."""
+    dims = {dim.name: dim for spec in signature.inputs for dim in spec.dims}
+    if not dims:
+        return ()
+    typical = {name: max(dim.min, min(dim.max, TYPICAL_LENGTH)) for name, dim in dims.items()}
+    return (
+        Profile("prefill", {name: (dim.min, typical[name], dim.max) for name, dim in dims.items()}),
+        Profile("decode", {name: (dim.min, dim.min, dim.min) for name, dim in dims.items()}),
+    )
+
+
+def choose_builder(name: str) -> tuple[Library, Any]:
+    """The library called `name` and its module; `auto` is full TensorRT where it can build, else TensorRT-RTX.
+
+    Raises UserError where the name is unknown or the library is missing or lacks the GPU that it needs.
+    """
+    if name == "auto":
+        full = LIBRARIES["tensorrt"]
+        module = full.load() if gpu_name() else None
+        return (full, module) if module is not None else choose_builder("tensorrt-rtx")
+    if name not in LIBRARIES:
+        raise UserError(f"unknown builder '{name}': {nearest(name, ['auto', *LIBRARIES])}")
+    library = LIBRARIES[name]
+    module = library.load()
+    if module is None:
+        others = [other.name for other in LIBRARIES.values() if other is not library and other.load() is not None]
+        raise UserError(f"builder '{name}' is not installed ({library.install}); here is {', '.join(others) or 'none'}")
+    if not library.builds_without_gpu and gpu_name() is None:
+        raise UserError(f"builder '{name}' needs an NVIDIA GPU and there is none here; choose 'tensorrt-rtx'")
+    return library, module
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a build made: the serialized engine, how many layers its network had, and what the library warned of."""
+
+    data: memoryview = field(repr=False)
+    layers: int
+    warnings: list[str]
+
+
+def build_engine(
+    library: Library, trt: Any, path: Path, signature: Signature, profiles: Sequence[Profile], progress: Progress
+) -> Engine:
+    """Parse the ONNX file and build a strongly typed engine: every number in the dtype that the graph gives it.
+
+    Raises GateError naming the node or the reason where the library refuses.
+    """
+    logger = collecting_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        told = "; ".join(f"node '{e.node_name()}' ({e.node_operator()}): {e.desc()}" for e in errors)
+        raise GateError(f"{library.title} cannot parse {path.name}: {told or 'no reason given'}")
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: TF32 keeps 10 bits of the mantissa
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
+    monitor = phase_reporter(trt, progress)
+    config.progress_monitor = monitor
+    for profile in profiles:
+        shapes = builder.create_optimization_profile()
+        for spec in signature.inputs:
+            if spec.dims:
+                shapes.set_shape(spec.name, *(profile.shape(spec.shape, which) for which in range(3)))
+        config.add_optimization_profile(shapes)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise GateError(f"{library.title} cannot build {path.name}: {'; '.join(logger.errors) or 'no reason given'}")
+    return Engine(memoryview(serialized), network.num_layers, list(logger.warnings))
+
+
+def phase_reporter(trt: Any, progress: Progress) -> Any:
+    """A progress monitor that reports the outer phases of a build."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.outer: set[str] = set()
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outer.add(phase)
+            elif parent in self.outer:
+                progress(f"  {phase.lower()}")
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.outer.discard(phase)
+
+    return Monitor()

@@ -1,0 +1,51 @@
+"""Plans: seconds, little memory, figures that follow from the dimensions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from export.plan import plan
+from graphs.model import Request
+from graphs.registry import variant
+from graphs.trace import count_parameters
+
+PLAN = """
+import resource, sys
+from export.cli import main
+status = main(sys.argv[1:])
+sys.stderr.write(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}")
+sys.exit(status)
+"""
+
+
+def test_seven_billion_parameters_in_less_than_two_gigabytes() -> None:
+    arguments = ["plan", "mobilevlm", "--variant", "mobilevlm-v2-7b", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN, *arguments], capture_output=True, text=True, timeout=300, check=True
+    )
+    result = json.loads(done.stdout)
+    assert result["parameters"] == count_parameters(variant("mobilevlm", "mobilevlm-v2-7b").architecture)
+    assert result["visual_tokens"] == 144
+    assert result["kv_cache_bytes"] == 2 * 32 * 32 * 2048 * 128 * 2
+    peak = int(done.stderr.rsplit("peak ", 1)[1])
+    assert peak < 2 * 2**20
+
+
+def test_operations_are_those_of_the_matrices() -> None:
+    result = plan(Request("mobilevlm", "mobilevlm-1.7b"), prompt_tokens=16, recipe_name=None)
+    decode = result["methods"]["text_decoder (one token)"]["flops"]
+    layer = 4 * 2048 * 2048 + 3 * 2048 * 5632
+    attention = 2 * 16 * 128 * 2048
+    assert decode == 2 * (24 * (layer + attention) + 2048 * 32000)
+    # 350 GOP is the field's figure for 23 blocks of CLIP ViT-L/14 at 336 pixels
+    assert result["methods"]["vision_encoder"]["flops"] / 1e9 == pytest.approx(365, rel=0.05)
+
+
+def test_half_precision_halves_the_bytes() -> None:
+    whole = plan(Request("mobilevlm", "tiny"), 16, "reference-fp32")
+    half = plan(Request("mobilevlm", "tiny"), 16, "reference-fp16")
+    assert whole["weight_bytes"] == 2 * half["weight_bytes"] == 4 * whole["deployed_parameters"]
