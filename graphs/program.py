@@ -88,6 +88,7 @@ class Program:
             value = self.tensor(method, entry)
             values[entry] = nn.Parameter(value, requires_grad=False) if isinstance(fake, nn.Parameter) else value
         exported._state_dict = values
+        exported._constants = dict(exported.constants)  # lowering takes entries out
         return exported
 
     def module(self, method: str) -> nn.Module:

@@ -29,3 +29,12 @@ def test_reductions_sorts_and_running_sums(tmp_path):
         (lambda x: mb.topk(x=x, k=2, axis=1, ascending=True), lambda x: tuple(x.topk(2, 1, largest=False))),
     ]  # fmt: skip
     check(tmp_path / "a.mlpackage", cases, {"x": x})
+
+
+def test_sorting_unsigned_integers_with_ties():
+    from runtimes.mil.ops.reductions import argsort, topk
+
+    x = np.array([[0, 7, 0, 9, 7]], np.uint16)
+    assert argsort(x).tolist() == [[3, 1, 4, 0, 2]]
+    assert argsort(x, ascending=True).tolist() == [[0, 2, 1, 4, 3]]
+    assert [part.tolist() for part in topk(x, k=3)] == [[[9, 7, 7]], [[3, 1, 4]]]

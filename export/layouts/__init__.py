@@ -1,0 +1,1 @@
+"""Files that stock clients want beside or inside the methods."""

@@ -1,0 +1,111 @@
+"""ExecuTorch: one model.pte with all methods, their heavy parts run by XNNPACK, caches kept as mutable buffers."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from export.layouts.executorch import constant_methods
+from export.targets import executorch_graph
+from export.targets.base import Capabilities, Lowered, LowerOptions
+from graphs.errors import UserError, nearest
+from graphs.program import Program
+
+FILE = "model.pte"
+
+
+def xnnpack() -> Any:
+    """XNNPACK's partitioner: CPUs."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    return XnnpackPartitioner()
+
+
+#: what may take parts of the graph, by the name that `extra["delegate"]` gives; the first is the default
+DELEGATES: dict[str, Callable[[], Any]] = {"xnnpack": xnnpack}
+
+
+class ExecuTorchTarget:
+    """Writes `model.pte` in the layout of the stock `MultimodalRunner`."""
+
+    name = "executorch"
+    capabilities = Capabilities(
+        recipes=("reference-fp32",),
+        arithmetic={"reference-fp32": "fp32"},
+        runs_on="CPUs of phones, boards and desktops, through XNNPACK",
+    )
+
+    def legalize(self, program: Program) -> Program:
+        """Attention, norms and reshapes in the forms that XNNPACK takes."""
+        return executorch_graph.legalize(program)
+
+    def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
+        """Raises UserError where `extra["delegate"]` is none of `DELEGATES`."""
+        delegate = options.extra.get("delegate", next(iter(DELEGATES)))
+        if delegate not in DELEGATES:
+            raise UserError(f"unknown delegate '{delegate}' of executorch: {nearest(delegate, DELEGATES)}")
+        with quiet(), shared_history():
+            methods = write(program, directory / FILE, DELEGATES[delegate](), options)
+        with (directory / FILE).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        details = {"delegate": delegate, "methods": methods, "sha256": digest}
+        versions = {name: version(name) for name in ("executorch", "torch")}
+        return Lowered(dict.fromkeys(program, FILE), details, versions)
+
+
+def write(program: Program, path: Path, partitioner: Any, options: LowerOptions) -> dict[str, Any]:
+    """Lower every method into one file at `path`; for each, what the delegate runs and what portable kernels do."""
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.delegate import executorch_call_delegate
+
+    options.progress(f"lowering {', '.join(program)}")
+    edge = to_edge_transform_and_lower(
+        {method: program.exported(method) for method in program},
+        partitioner=[partitioner],
+        constant_methods=constant_methods(program.methods, options.metadata),
+    )
+    options.progress("planning memory")
+    # Reinplacing writes new rows into the cache itself, not into a copy of it; names let a runtime find and zero it.
+    planned = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True, emit_mutable_buffer_names=True))
+    options.progress(f"writing {path.name}")
+    with path.open("wb") as file:
+        planned.write_to_file(file)
+    return {
+        method: executorch_graph.operators(planned.exported_program(method).graph, executorch_call_delegate)
+        for method in program
+    }
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings about torch's and ExecuTorch's own internals that every export gives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def shared_history() -> Iterator[None]:
+    """Let nodes share the records of which nodes they came from.
+
+    Each of some forty passes copies every node's whole chain of them, a quarter of the time of an export; nothing
+    writes to a record once it is made.
+    """
+    from torch.fx.traceback import NodeSource
+
+    def itself(record: NodeSource, memo: object) -> NodeSource:
+        return record
+
+    NodeSource.__deepcopy__ = itself  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del NodeSource.__deepcopy__  # type: ignore[attr-defined]
+
+
+TARGET = ExecuTorchTarget()
