@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.quiet import quiet_libraries
 from export.stages import Progress, peak_rss_bytes, reset_peak
 from graphs.errors import UserError
 from runtimes.generate import Generation, Segment, generate
@@ -26,6 +29,14 @@ def seeded_prompt(bundle: Bundle, prompt_tokens: int) -> list[Segment]:
     pixels = generator.integers(0, 256, inputs["vision_encoder"][0].size({}), dtype=np.uint8)
     ids = generator.integers(0, inputs["token_embedding"][0].high, prompt_tokens)
     return [pixels, ids.tolist()]
+
+
+def bench_alone(
+    directory: Path, runtime_name: str | None, repeat: int, prompt_tokens: int, new_tokens: int, progress: Progress
+) -> dict[str, Any]:
+    """`bench` in a process of its own, so that no other bundle's memory counts."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=quiet_libraries) as pool:
+        return pool.submit(bench, directory, runtime_name, repeat, prompt_tokens, new_tokens, progress).result()
 
 
 def bench(
@@ -47,7 +58,7 @@ def bench(
     prefill = statistics.median(run.prefill_seconds for run in runs)
     return {
         "bundle": str(directory),
-        "runtime": runtime_name or bundle.target,
+        "runtime": runtime.version,
         "visual_tokens": bundle.manifest["prompt"].get("visual_tokens"),
         "prompt_tokens": runs[0].prompt_tokens,
         "runs": repeat,
@@ -61,11 +72,10 @@ def bench(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people."""
-    head = f"{'bundle':<36}{'runtime':<13}" + "".join(f"{column:>22}" for column in COLUMNS)
-    lines = [
-        f"{row['bundle']:<36}{row['runtime']:<13}"
-        + "".join(f"{row[column]:>22,.1f}" if row[column] is not None else f"{'-':>22}" for column in COLUMNS)
-        for row in rows
-    ]
-    return "\n".join([head, *lines])
+    """The rows for people: a line a bundle, what executed it below."""
+    head = f"{'bundle':<36}" + "".join(f"{column:>21}" for column in COLUMNS)
+    lines = [head]
+    for row in rows:
+        cells = (f"{row[column]:>21,.1f}" if row[column] is not None else f"{'-':>21}" for column in COLUMNS)
+        lines += [f"{row['bundle']:<36}{''.join(cells)}", f"  by {row['runtime']}"]
+    return "\n".join(lines)

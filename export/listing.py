@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from export.targets.base import TARGETS, load_target
 from graphs import registry
+from graphs.compress import base as compress
 from graphs.model import zoo_checkpoints
 from quant.recipes import RECIPES
 
@@ -27,8 +28,8 @@ def targets() -> dict[str, str]:
 
 
 def passes() -> dict[str, str]:
-    """Each compression pass; none in this version."""
-    return {}
+    """Each compression pass: how it is written and what it does."""
+    return {name: compress.find(name).about for name in compress.names()}
 
 
 def recipes() -> dict[str, str]:

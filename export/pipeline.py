@@ -15,7 +15,17 @@ import torch
 from export.bundle import check_destination, staged, write_manifest
 from export.stages import Progress, Stages, to_stderr
 from export.targets.base import LIMITS, Capabilities, Lowered, LowerOptions, Target, load_target
-from export.verify import Vectors, compare, gate, program_signatures, record, save_vectors, seeded_inputs
+from export.verify import (
+    Vectors,
+    compare,
+    compare_compressed,
+    gate,
+    program_signatures,
+    record,
+    save_vectors,
+    seeded_inputs,
+)
+from graphs.compress.base import apply, parse, write
 from graphs.errors import GateError, UserError, nearest
 from graphs.files import contained
 from graphs.model import COMPANIONS, Model, Request, load_model
@@ -27,7 +37,7 @@ from runtimes.base import Artifact, Unavailable, load_runtime
 from runtimes.eager import EagerRuntime
 from runtimes.manifest import SCHEMA, VECTORS, signature_to_json
 
-STAGES = ("load", "trace", "quantize", "lower", "verify", "publish")
+STAGES = ("load", "trace", "compress", "quantize", "lower", "verify", "publish")
 
 
 @dataclass(frozen=True)
@@ -52,14 +62,29 @@ def choose_recipe(name: str | None, target: str, capabilities: Capabilities) -> 
     return name
 
 
-def refuse_passes(text: str) -> None:
-    """Raise UserError for any compression pass: this version has none yet."""
-    if text.strip():
-        raise UserError(f"unknown pass '{text.split('{')[0].strip()}': this version has no compression passes yet")
+def visual_tokens(program: Program) -> int | None:
+    """How many image embeddings [1, N, D] one picture becomes; None for a program that makes none."""
+    encoder = program.methods.get("vision_encoder")
+    shape = encoder.signature.outputs[0].shape if encoder else ()
+    return shape[1] if len(shape) == 3 and isinstance(shape[1], int) else None
 
 
-def prompt_record(model: Model) -> dict[str, Any]:
-    """What a client must know to prepare inputs and to stop: template, special tokens, context, picture handling."""
+def compress_record(compressed: Program, source: Program) -> dict[str, dict[str, Any] | None]:
+    """The `compress` entries of the manifest: None for a method whose graph is the source's own."""
+    changed = {
+        name: seeded
+        for name, seeded in seeded_inputs(program_signatures(source)).items()
+        if compressed.methods[name] is not source.methods[name]
+    }
+    actual, expected = (record(EagerRuntime(program), changed) for program in (compressed, source))
+    return {**dict.fromkeys(source), **compare_compressed(actual, expected)}
+
+
+def prompt_record(model: Model, tokens: int | None) -> dict[str, Any]:
+    """What a client must know to prepare inputs and to stop: template, special tokens, context, picture handling.
+
+    `tokens`: the image embeddings that one picture becomes in the program as deployed.
+    """
     architecture = model.architecture
     tokenizer = load_tokenizer(model.directory) if model.directory else None
     processor = architecture.image_processor
@@ -70,6 +95,7 @@ def prompt_record(model: Model) -> dict[str, Any]:
         "eos_ids": list(tokenizer.eos_ids) if tokenizer else [],
         "takes": "text and pictures" if tokenizer else "tensors only: the source has no tokenizer",
         **architecture.facts(),
+        **({} if tokens is None else {"visual_tokens": tokens}),
     }
 
 
@@ -125,7 +151,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
     """Make a bundle; its directory. Raises UserError for what the user can mend and GateError for a failed check."""
     target: Target = load_target(options.target)
     chosen = choose_recipe(options.recipe, options.target, target.capabilities)
-    refuse_passes(options.compress)
+    passes = parse(options.compress)
     stages = Stages(progress, STAGES)
     if options.out is not None:
         check_destination(options.out, options.force)
@@ -136,14 +162,19 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             say("WARNING: RANDOM WEIGHTS: this bundle computes nothing meaningful; give --checkpoint")
         out = options.out or Path("bundles") / f"{model.variant}-{options.target}"
         check_destination(out, options.force)
-        prompt = prompt_record(model)
     with stages("trace", "on fake tensors") as say:
         source = trace(model.architecture, model.weights)
         source.check()
         say(f"methods: {', '.join(source)}")
+    with stages("compress", write(passes) or "no passes") as say:
+        compressed = apply(passes, source)
+        tokens = {"before": visual_tokens(source), "after": visual_tokens(compressed)}
+        if passes:
+            say(f"visual tokens: {tokens['before']} -> {tokens['after']}")
+        prompt = prompt_record(model, tokens["after"])
     with stages("quantize", chosen) as say:
         native = chosen in target.capabilities.native
-        program = source if native else recipe(chosen).apply(source)
+        program = compressed if native else recipe(chosen).apply(compressed)
         program.check()
     with staged(out, options.force) as directory:
         check_space(program, directory)
@@ -155,7 +186,8 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
         with stages("verify", "against the source graph") as say:
             expected = record(EagerRuntime(program), seeded_inputs(program_signatures(program)))
             inputs = {method: [call.inputs for call in calls] for method, calls in expected.items()}
-            quantize = None if program is source else compare(expected, record(EagerRuntime(source), inputs))
+            quantize = None if program is compressed else compare(expected, record(EagerRuntime(compressed), inputs))
+            compress = compress_record(compressed, source)
             artifact = artifact_of(program, lowered, directory)
             limit = LIMITS[target.capabilities.arithmetic[chosen]]
             lower = verify_lowered(options.target, artifact, lowered, expected, limit)
@@ -173,7 +205,8 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "variant": model.variant,
                     "source": source_record(model),
                     "target": options.target,
-                    "passes": options.compress,
+                    "passes": write(passes),
+                    "tokens": tokens,
                     "recipe": chosen,
                     "native_recipe": native,
                     "limit": limit,
@@ -185,7 +218,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "details": dict(lowered.details),
                     "verification": {
                         name: {
-                            "compress": None,
+                            "compress": compress[name],
                             "quantize": quantize[name] if quantize else None,
                             "lower": lower[name],
                         }

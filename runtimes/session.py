@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from graphs.compress.base import apply, parse
 from graphs.errors import UserError
 from graphs.model import Request, load_model
 from graphs.preprocess.image import ImageProcessor
@@ -31,7 +32,8 @@ def rebuild(bundle: Bundle) -> Program:
     except TypeError as error:
         raise UserError(f"{bundle.directory}: the manifest's source is damaged: {error}") from error
     model = load_model(request)
-    program = trace(model.architecture, model.weights)
+    passes = parse(str(bundle.manifest.get("passes", "")))
+    program = apply(passes, trace(model.architecture, model.weights))
     native = bundle.manifest.get("native_recipe", False)  # then the graph that was lowered is the unquantized one
     return program if native else recipe(bundle.manifest["recipe"]).apply(program)
 

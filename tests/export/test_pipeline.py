@@ -43,6 +43,7 @@ def test_the_manifest_tells_all(bundle: Path) -> None:
     assert set(manifest["methods"]) == {"vision_encoder", "token_embedding", "text_decoder"}
     assert manifest["methods"]["vision_encoder"]["inputs"][0]["dtype"] == "uint8"
     assert manifest["prompt"]["visual_tokens"] == 9
+    assert (manifest["passes"], manifest["tokens"]) == ("", {"before": 9, "after": 9})
     for name, record in manifest["files"].items():
         data = (bundle / name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (record["bytes"], record["sha256"])
@@ -54,7 +55,7 @@ def test_the_manifest_tells_all(bundle: Path) -> None:
         assert entry["lower"]["executed"] is True
         assert 0 <= entry["lower"]["relative_l2"] <= entry["lower"]["limit"] == 1e-4
     stages = {stage["name"]: stage for stage in manifest["stages"]}
-    assert {"load", "trace", "quantize", "lower", "verify"} == set(stages)
+    assert {"load", "trace", "compress", "quantize", "lower", "verify"} == set(stages)
     assert all(stage["peak_rss_bytes"] > 50 << 20 for stage in stages.values())
 
 
@@ -157,7 +158,7 @@ def test_a_checkpoint_of_other_dimensions_exports_without_tokenizer(tmp_path: Pa
     assert Bundle.open(tmp_path / "b").check_files() == len(manifest["files"])
 
 
-KILLED_AT = ("[2/6]", "[4/6]", "text_decoder: writing", "[5/6]", "[6/6]")
+KILLED_AT = ("[2/7]", "[5/7]", "text_decoder: writing", "[6/7]", "[7/7]")
 
 
 @pytest.mark.parametrize("moment", KILLED_AT)

@@ -69,7 +69,11 @@ def cumsum(x: Array, axis: Any = 0, exclusive: Any = False, reverse: Any = False
 @op("argsort", moves=True)
 def argsort(x: Array, axis: Any = -1, ascending: Any = False) -> Array:
     """Indices that sort `x` along `axis`, descending unless told otherwise; equals keep their order."""
-    return np.argsort(x if ascending else -x, axis=int(axis), kind="stable")
+    if ascending:
+        return np.argsort(x, axis=int(axis), kind="stable")
+    # Turned around twice rather than negated, which unsigned integers do not survive.
+    turned = np.argsort(np.flip(x, int(axis)), axis=int(axis), kind="stable")
+    return x.shape[int(axis)] - 1 - np.flip(turned, int(axis))
 
 
 @op("topk", moves=True)

@@ -1,0 +1,1 @@
+"""Compression passes, one a file, found by file name; each file binds its class to `PASS`."""

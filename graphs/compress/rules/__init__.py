@@ -1,0 +1,1 @@
+"""Rules by which `prune` keeps tokens: modules over tokens in operators that every target takes."""

@@ -1,0 +1,65 @@
+"""Compressed encoders on every target, through the whole export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export.check import verify_bundle
+from export.pipeline import ExportOptions, export
+from export.stages import silent
+from export.verify import load_vectors, record
+from graphs.model import Request
+from runtimes.eager import EagerRuntime
+from runtimes.manifest import VECTORS, Bundle
+from runtimes.session import Session, rebuild
+
+#: between them, all operators that the rules are made of
+RULES = (
+    "prune{keep=7,method=visionzip,seed=0}",
+    "prune{keep=5,method=tome,seed=0}",
+    "prune{keep=4,method=divprune,seed=0}",
+)
+
+
+@pytest.mark.parametrize("target", ["coreml", "executorch", "onnxruntime", "tensorrt"])
+def test_three_rules_pass_the_gate(target: str, tmp_path: Path) -> None:
+    options = ExportOptions(Request("mobilevlm", "tiny"), target, compress=";".join(RULES), out=tmp_path / "b")
+    manifest = json.loads((export(options, silent) / "manifest.json").read_text())
+    assert manifest["passes"] == ";".join(RULES)
+    assert manifest["tokens"] == {"before": 9, "after": 4}
+    assert manifest["prompt"]["visual_tokens"] == 4
+    assert manifest["methods"]["vision_encoder"]["outputs"][0]["shape"] == [1, 4, 64]
+    verified = manifest["verification"]
+    assert [verified[name]["compress"] for name in ("token_embedding", "text_decoder")] == [None, None]
+    assert verified["vision_encoder"]["compress"]["of"] == "mean over tokens"
+    assert 1e-3 < verified["vision_encoder"]["compress"]["relative_l2"] < 1
+    lower = verified["vision_encoder"]["lower"]
+    if target == "tensorrt":
+        assert "relative L2" in lower["checked"]
+        assert "built by" in lower["checked"]
+    else:
+        assert lower["executed"]
+        assert lower["relative_l2"] <= lower["limit"]
+
+
+def test_the_trained_model_answers_with_half_its_tokens(tmp_path: Path) -> None:
+    text = "prune{keep=18,method=divprune}"
+    out = export(ExportOptions(Request("mobilevlm"), "onnxruntime", compress=text, out=tmp_path / "b"), silent)
+    assert verify_bundle(out, silent)["vision_encoder"]["relative_l2"] <= 1e-4
+    bundle = Bundle.open(out)
+    vectors = load_vectors(out / VECTORS, bundle.artifact.signatures)
+    again = record(EagerRuntime(rebuild(bundle)), {name: [c.inputs for c in calls] for name, calls in vectors.items()})
+    for name, calls in vectors.items():
+        for call, repeated in zip(calls, again[name], strict=True):
+            assert np.array_equal(call.outputs[0], repeated.outputs[0])
+    session = Session.open(bundle)
+    assert session.processor is not None
+    side = bundle.manifest["prompt"]["image_size"]
+    picture = [Image.new("RGB", (side, side), "white")]
+    text_only = session.answer("How many objects are there?", [])[1].prompt_tokens
+    assert session.answer("How many objects are there?", picture)[1].prompt_tokens > text_only + 17
