@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from export.quiet import quiet_libraries
 from export.stages import Progress, peak_rss_bytes, reset_peak
 from graphs.errors import UserError
 from runtimes.generate import Generation, Segment, generate
@@ -29,14 +26,6 @@ def seeded_prompt(bundle: Bundle, prompt_tokens: int) -> list[Segment]:
     pixels = generator.integers(0, 256, inputs["vision_encoder"][0].size({}), dtype=np.uint8)
     ids = generator.integers(0, inputs["token_embedding"][0].high, prompt_tokens)
     return [pixels, ids.tolist()]
-
-
-def bench_alone(
-    directory: Path, runtime_name: str | None, repeat: int, prompt_tokens: int, new_tokens: int, progress: Progress
-) -> dict[str, Any]:
-    """`bench` in a process of its own, so that no other bundle's memory counts."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=quiet_libraries) as pool:
-        return pool.submit(bench, directory, runtime_name, repeat, prompt_tokens, new_tokens, progress).result()
 
 
 def bench(

@@ -92,10 +92,11 @@ def run_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[R
 
 def bench_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Result, str]:
     """`vlmx bench`."""
-    from export.bench import bench_alone, table
+    from export.alone import alone
+    from export.bench import bench, table
 
     rows = [
-        bench_alone(path, args.runtime, args.repeat, args.prompt_tokens, args.new_tokens, say) for path in args.bundle
+        alone(bench, path, args.runtime, args.repeat, args.prompt_tokens, args.new_tokens, say) for path in args.bundle
     ]
     return {"rows": rows}, table(rows)
 
