@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
-from graphs import architectures
+from graphs import architectures, discovery
 from graphs.errors import UserError, nearest
 from graphs.spec import Architecture, Variant
 
 
 def names() -> list[str]:
     """Every architecture's name, without importing any."""
-    return sorted(module.name for module in pkgutil.iter_modules(architectures.__path__))
+    return discovery.names(architectures)
 
 
 def architecture(name: str) -> type[Architecture]:
     """The architecture called `name`, the `ARCHITECTURE` of its file. Raises UserError naming the nearest one."""
-    if name not in names():
-        raise UserError(f"unknown model '{name}': {nearest(name, names())}")
-    found: type[Architecture] = importlib.import_module(f"graphs.architectures.{name}").ARCHITECTURE
+    found: type[Architecture] = discovery.find(architectures, name, "model", "ARCHITECTURE")
     return found
 
 

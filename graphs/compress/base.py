@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from graphs import discovery
 from graphs.compress import passes
 from graphs.errors import UserError, nearest
 from graphs.files import shown
@@ -44,14 +43,12 @@ class Pass:
 
 def names() -> list[str]:
     """Every pass's name, without importing any."""
-    return sorted(module.name for module in pkgutil.iter_modules(passes.__path__))
+    return discovery.names(passes)
 
 
 def find(name: str) -> type[Pass]:
     """The pass called `name`. Raises UserError naming the nearest one."""
-    if name not in names():
-        raise UserError(f"unknown pass '{shown(name)}': {nearest(name, names())}")
-    found: type[Pass] = importlib.import_module(f"graphs.compress.passes.{name}").PASS
+    found: type[Pass] = discovery.find(passes, name, "pass", "PASS")
     return found
 
 
