@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from export.stages import Progress
-from export.verify import gate, load_vectors, record
+from export.verify import execute, load_vectors
 from graphs.errors import GateError, UserError
 from runtimes.base import Unavailable, load_runtime
 from runtimes.manifest import VECTORS, Bundle, inside
 
 
-def recorded_limit(bundle: Bundle, method: str) -> float:
+def recorded_limit(bundle: Bundle) -> float:
     """The limit that the bundle was exported under. Raises UserError where the manifest has none."""
     limit = bundle.manifest.get("limit")
     if not isinstance(limit, float) or not 0 < limit <= 1e-2:
-        raise UserError(f"{bundle.directory}: the manifest's limit for {method} is {limit!r}")
+        raise UserError(f"{bundle.directory}: the manifest's limit is {limit!r}")
     return limit
 
 
@@ -33,14 +33,5 @@ def verify_bundle(directory: Path, progress: Progress) -> dict[str, dict[str, An
         runtime = load_runtime(bundle.target, bundle.artifact)
     except Unavailable as why:
         raise GateError(f"{directory}: files are whole, but {bundle.target} cannot run here: {why}") from why
-    inputs = {method: [call.inputs for call in calls] for method, calls in vectors.items()}
     progress(f"running {runtime.version}")
-    actual = record(runtime, inputs)
-    entries: dict[str, dict[str, Any]] = {}
-    for method in vectors:
-        limit = recorded_limit(bundle, method)
-        entries |= gate({method: actual[method]}, {method: vectors[method]}, limit, runtime.version)
-    failed = [f"{name} {entry['relative_l2']:.2e}" for name, entry in entries.items() if not entry["passed"]]
-    if failed:
-        raise GateError(f"{directory}: relative L2 over the limit in {', '.join(failed)}")
-    return entries
+    return execute(runtime, vectors, recorded_limit(bundle), str(directory))

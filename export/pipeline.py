@@ -19,14 +19,15 @@ from export.verify import (
     Vectors,
     compare,
     compare_compressed,
-    gate,
+    execute,
+    inputs_of,
     program_signatures,
     record,
     save_vectors,
     seeded_inputs,
 )
 from graphs.compress.base import apply, parse, write
-from graphs.errors import GateError, UserError, nearest
+from graphs.errors import UserError, nearest
 from graphs.files import contained
 from graphs.model import COMPANIONS, Model, Request, load_model
 from graphs.preprocess.tokenizer import load_tokenizer
@@ -119,12 +120,7 @@ def verify_lowered(
         return {
             name: {"executed": False, "why": str(why), "checked": lowered.checked.get(name, "")} for name in expected
         }
-    inputs = {method: [call.inputs for call in calls] for method, calls in expected.items()}
-    entries = gate(record(runtime, inputs), expected, limit, runtime.version)
-    failed = [f"{name} {entry['relative_l2']:.2e}" for name, entry in entries.items() if not entry["passed"]]
-    if failed:
-        raise GateError(f"{target} does not compute the model: relative L2 over {limit:g} in {', '.join(failed)}")
-    return entries
+    return execute(runtime, expected, limit, target)
 
 
 def copy_companions(model: Model, directory: Path) -> None:
@@ -185,8 +181,8 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             lowered = target.lower(legal, directory, LowerOptions(chosen, metadata, options.extra, say))
         with stages("verify", "against the source graph") as say:
             expected = record(EagerRuntime(program), seeded_inputs(program_signatures(program)))
-            inputs = {method: [call.inputs for call in calls] for method, calls in expected.items()}
-            quantize = None if program is compressed else compare(expected, record(EagerRuntime(compressed), inputs))
+            unquantized = None if program is compressed else record(EagerRuntime(compressed), inputs_of(expected))
+            quantize = compare(expected, unquantized) if unquantized else None
             compress = compress_record(compressed, source)
             artifact = artifact_of(program, lowered, directory)
             limit = LIMITS[target.capabilities.arithmetic[chosen]]

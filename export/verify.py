@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from graphs.errors import UserError
+from graphs.errors import GateError, UserError
 from graphs.program import Program, Signature
-from runtimes.base import Array, Caller
+from runtimes.base import Array, Caller, Runtime
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,20 @@ def gate(actual: Vectors, expected: Vectors, limit: float, by: str) -> dict[str,
         }
         for method, error in compare(actual, expected).items()
     }
+
+
+def inputs_of(vectors: Vectors) -> dict[str, list[list[Array]]]:
+    """What went into each call, to be put into another runtime."""
+    return {method: [call.inputs for call in calls] for method, calls in vectors.items()}
+
+
+def execute(runtime: Runtime, expected: Vectors, limit: float, what: str) -> dict[str, dict[str, Any]]:
+    """Run `expected`'s inputs and gate the outputs; the `lower` entries. Raises GateError naming the methods beyond."""
+    entries = gate(record(runtime, inputs_of(expected)), expected, limit, runtime.version)
+    failed = [f"{name} {entry['relative_l2']:.2e}" for name, entry in entries.items() if not entry["passed"]]
+    if failed:
+        raise GateError(f"{what} does not compute the model: relative L2 over {limit:g} in {', '.join(failed)}")
+    return entries
 
 
 def save_vectors(path: Path, vectors: Vectors) -> None:

@@ -61,10 +61,7 @@ def conv(
     """Convolution of [N, C, *places] with [out, C / groups, *kernel]."""
     kernel = weight.shape[2:]
     ones = (1,) * len(kernel)
-    stride, dilation = (
-        ints(strides) if strides is not None else ones,
-        ints(dilations) if dilations is not None else ones,
-    )
+    stride, dilation = (ints(given) if given is not None else ones for given in (strides, dilations))
     pads = padding(pad_type, pad, x.shape[2:], kernel, stride, dilation)
     b = None if bias is None else tensor(bias)
     y = CONV[len(kernel)](padded(tensor(x), pads), tensor(weight), b, stride, 0, dilation, int(groups))
@@ -86,10 +83,7 @@ def conv_transpose(
     """The transpose of a convolution with [C, out / groups, *kernel]; padding is cut off, `output_shape` extends."""
     kernel = weight.shape[2:]
     ones = (1,) * len(kernel)
-    stride, dilation = (
-        ints(strides) if strides is not None else ones,
-        ints(dilations) if dilations is not None else ones,
-    )
+    stride, dilation = (ints(given) if given is not None else ones for given in (strides, dilations))
     full = CONV_TRANSPOSE[len(kernel)](tensor(x), tensor(weight), None, stride, 0, 0, int(groups), dilation)
     if pad_type in {"same", "same_lower"}:
         wanted = [size * s for size, s in zip(x.shape[2:], stride, strict=True)]
