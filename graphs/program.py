@@ -6,7 +6,7 @@ Weights stay where they are (a memory-mapped checkpoint, a generator of random o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,9 @@ from torch.export import ExportedProgram
 
 from graphs.spec import Method, TensorSpec
 from graphs.weights import NamedWeights
+
+#: a tensor, or what computes it each time it is asked for, so that memory holds one at a time
+Constant = Tensor | Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,14 @@ class TracedMethod:
 
 @dataclass(frozen=True)
 class Program:
-    """Methods by name, weights by name, and `constants`: tensors computed from the configuration or by a pass.
+    """Methods by name, weights by name, and `constants`: tensors computed from the configuration or by a pass, or how.
 
     `exported(name)` gives an ExportedProgram that runs; `methods[name].exported` holds shapes and dtypes only.
     """
 
     methods: Mapping[str, TracedMethod]
     weights: Mapping[str, Tensor]
-    constants: Mapping[str, Tensor]
+    constants: Mapping[str, Constant]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.methods)
@@ -67,12 +70,17 @@ class Program:
         if entry in {spec.name for spec in traced.signature.state}:
             return torch.zeros(fake.shape, dtype=fake.dtype)
         name = traced.weight_names[entry]
-        value = self.constants[name] if name in self.constants else self.weights[name]
+        value = self.value(name)
         if value.shape != fake.shape:
             raise ValueError(
                 f"{method}: '{entry}' is {tuple(fake.shape)} in the graph, its weight {tuple(value.shape)}"
             )
         return value.to(fake.dtype)
+
+    def value(self, name: str) -> Tensor:
+        """A constant, computed now if it is one to compute, or else the weight of that name."""
+        constant = self.constants.get(name)
+        return self.weights[name] if constant is None else constant() if callable(constant) else constant
 
     def release(self, method: str, entry: str) -> None:
         """The caller has copied an entry: pages of a mapped checkpoint, which count as memory, may go."""
@@ -95,7 +103,7 @@ class Program:
         """A callable with state of its own, beginning at zero."""
         return self.exported(method).module(check_guards=False)
 
-    def replace(self, method: str, traced: TracedMethod, constants: Mapping[str, Tensor] | None = None) -> Program:
+    def replace(self, method: str, traced: TracedMethod, constants: Mapping[str, Constant] | None = None) -> Program:
         """This program with one method exchanged, and constants added."""
         return replace(
             self, methods={**self.methods, method: traced}, constants={**self.constants, **(constants or {})}

@@ -23,8 +23,9 @@ FORM = re.compile(r"\s*([^{}\s]+)\s*(?:\{([^{}]*)\})?\s*")
 class Pass:
     """One change of a Program; subclasses are frozen dataclasses, one a file in `graphs.compress.passes`.
 
-    Its fields are its options: integers, or strings of a Literal. `str()` names all of them, so that a recorded pass
-    keeps its meaning when a default changes; `parse` is the inverse.
+    Its fields are its options: integers, strings of a Literal, or the path of a file (`str | None`). `str()` names all
+    of them but paths that are not given, so that a recorded pass keeps its meaning when a default changes; `parse` is
+    the inverse.
     """
 
     name: ClassVar[str]
@@ -38,7 +39,8 @@ class Pass:
         raise TypeError(f"{type(self).__name__} must change a program")
 
     def __str__(self) -> str:
-        return f"{self.name}{{{','.join(f'{field.name}={getattr(self, field.name)}' for field in fields(self))}}}"
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return f"{self.name}{{{','.join(f'{key}={value}' for key, value in options.items() if value is not None)}}}"
 
 
 def names() -> list[str]:
@@ -90,9 +92,18 @@ def read(what: str, text: str, hint: Any) -> Any:
         if text not in get_args(hint):
             raise UserError(f"{what}={shown(text)} is unknown: {nearest(text, get_args(hint))}")
         return text
+    if hint == str | None:
+        if not text or not text.isprintable():
+            raise UserError(f"{what}={shown(text)} is not a path, as in {what.split(': ')[1]}=weights.safetensors")
+        return text
     if not re.fullmatch(r"[+-]?\d{1,9}", text, re.ASCII):
         raise UserError(f"{what}={shown(text)} is not a whole number, as in {what.split(': ')[1]}=2")
     return int(text)
+
+
+def closest(wanted: int, choices: Iterable[int]) -> int:
+    """The number nearest to `wanted`, the smaller of two."""
+    return min(sorted(choices), key=lambda choice: abs(choice - wanted))
 
 
 def write(chosen: Iterable[Pass]) -> str:

@@ -17,7 +17,10 @@ from graphs.errors import UserError
 PROJECTOR = "projector"
 #: paths of spliced modules: this, a number, and whether tokens are still a grid (`GRID`) or any list (`LIST`)
 COMPRESSION, GRID, LIST = "compression", "grid", "list"
+#: paths of modules spliced between tower and projector: this and a number
+ENTRANCE = "entrance"
 
+LINEAR = torch.ops.aten.linear.default
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -69,6 +72,11 @@ def compressions(graph: fx.Graph) -> list[str]:
     return list(dict.fromkeys(name for node in graph.nodes if (name := first(node)).startswith(f"{COMPRESSION}_")))
 
 
+def entrances(graph: fx.Graph) -> list[str]:
+    """The children of the root module that passes have spliced in before the projector, in order."""
+    return list(dict.fromkeys(name for node in graph.nodes if (name := first(node)).startswith(f"{ENTRANCE}_")))
+
+
 def projector(graph: fx.Graph) -> list[fx.Node]:
     """The operators of the projector. Raises UserError where there is none."""
     found = within(graph, PROJECTOR)
@@ -95,6 +103,21 @@ def tokens_out(graph: fx.Graph) -> Tokens:
     return Tokens(leaving[0], shape[1], shape[2], None if is_list or mixed else side(shape[1]))
 
 
+def tokens_in(graph: fx.Graph) -> tuple[fx.Node, Tokens]:
+    """The one linear layer of the projector that reads the tower's tokens, and those. Raises UserError."""
+    inside = projector(graph)
+    readers = [n for n in inside if any(a not in inside and a.op != "get_attr" for a in n.all_input_nodes)]
+    found = value(readers[0].args[0]) if len(readers) == 1 else None
+    if found is None or found.dim() != 3 or found.shape[0] != 1 or readers[0].target is not LINEAR:
+        raise UserError(
+            f"the graph has no place for this pass: looked for one linear layer of '{PROJECTOR}' that reads the "
+            f"tokens [1, N, D], found {', '.join(str(node.target) for node in readers)}"
+        )
+    tokens = readers[0].args[0]
+    assert isinstance(tokens, fx.Node)
+    return readers[0], Tokens(tokens, int(found.shape[1]), int(found.shape[2]), side(int(found.shape[1])))
+
+
 def side(count: int) -> int | None:
     """The side of a square of `count`; None where it is none."""
     root = math.isqrt(count)
@@ -103,7 +126,7 @@ def side(count: int) -> int | None:
 
 def tower_attention(graph: fx.Graph) -> Attention:
     """The last attention before the projector, that of the layer whose features are used. Raises UserError."""
-    begin = projector(graph)[0]
+    begin = (within(graph, added[0]) if (added := entrances(graph)) else projector(graph))[0]
     order = list(graph.nodes)
     before = [node for node in order[: order.index(begin)] if node.target is ATTENTION]
     entering = next((v for arg in begin.all_input_nodes if (v := value(arg)) is not None and v.dim() == 3), None)

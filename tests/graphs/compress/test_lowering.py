@@ -47,6 +47,25 @@ def test_three_rules_pass_the_gate(target: str, tmp_path: Path) -> None:
         assert lower["relative_l2"] <= lower["limit"]
 
 
+@pytest.mark.parametrize("target", ["coreml", "executorch", "onnxruntime", "tensorrt"])
+def test_passes_before_behind_and_past_the_projector_pass_the_gate(target: str, tmp_path: Path) -> None:
+    text = "pixel_shuffle{factor=3};ldp{version=1};decoder_prune{layer=1,keep=1}"
+    options = ExportOptions(Request("mobilevlm", "tiny-v2"), target, compress=text, out=tmp_path / "b")
+    manifest = json.loads((export(options, silent) / "manifest.json").read_text())
+    assert manifest["tokens"] == {"before": 144, "after": 4}
+    assert manifest["methods"]["text_decoder"]["state"][-1]["shape"] == [1, 192]
+    verified = manifest["verification"]
+    assert verified["token_embedding"]["compress"]["relative_l2"] == 0
+    assert 1e-4 < verified["text_decoder"]["compress"]["relative_l2"] < 1  # seeded inputs are marked at random
+    for name in ("vision_encoder", "text_decoder"):
+        lower = verified[name]["lower"]
+        if target == "tensorrt":
+            assert "built by" in lower["checked"]
+        else:
+            assert lower["executed"]
+            assert lower["relative_l2"] <= lower["limit"]
+
+
 def test_the_trained_model_answers_with_half_its_tokens(tmp_path: Path) -> None:
     text = "prune{keep=18,method=divprune}"
     out = export(ExportOptions(Request("mobilevlm"), "onnxruntime", compress=text, out=tmp_path / "b"), silent)

@@ -1,0 +1,146 @@
+"""A traced method opened for change: modules and buffers added to its graph, then traced anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from graphs.errors import UserError
+from graphs.program import Constant, Program
+from graphs.spec import Dim, TensorSpec
+from graphs.trace import trace_module
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A program whose `method` lies open as `module`, a copy with weights as attributes.
+
+    `constants` are the values of entries added by `constant`, `names` what the program calls some of them.
+    """
+
+    program: Program
+    method: str
+    module: fx.GraphModule
+    mode: FakeTensorMode
+    constants: dict[str, Constant] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, program: Program, method: str) -> Self:
+        """Raises UserError where the program has no such method."""
+        if method not in program.methods:
+            raise UserError(f"the model has no place for this: no method '{method}', only {', '.join(program)}")
+        exported = program.methods[method].exported
+        module = exported.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        mode = next(t.fake_mode for t in exported.state_dict.values() if isinstance(t, FakeTensor))
+        return cls(program, method, module, mode)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def attach(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Add `module`, which is on real tensors, as the child `name`; its weights and buffers, by their entries."""
+        values = {f"{name}.{entry}": tensor.detach().clone() for entry, tensor in module.state_dict().items()}
+        with self.mode:
+            for owner in module.modules():
+                for entry, parameter in list(owner.named_parameters(recurse=False)):
+                    fake = self.mode.from_tensor(parameter.detach())
+                    setattr(owner, entry, nn.Parameter(fake, requires_grad=False))
+                for entry, buffer in list(owner.named_buffers(recurse=False)):
+                    setattr(owner, entry, self.mode.from_tensor(buffer))
+        self.module.add_module(name, module)
+        return values
+
+    def buffer(self, entry: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
+        """A node that reads a new buffer `entry`; insert it in order. `retrace` takes its value, unless it is state."""
+        *parts, last = entry.split(".")
+        owner: nn.Module = self.module
+        for part in parts:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        with self.mode:
+            owner.register_buffer(last, torch.empty(shape, dtype=dtype))
+        return self.graph.get_attr(entry)
+
+    def constant(
+        self, entry: str, value: Constant, shape: tuple[int, ...], dtype: torch.dtype, name: str | None = None
+    ) -> fx.Node:
+        """A node that reads a new buffer of that value; `name` is what the program calls it, as in `retrace`."""
+        self.constants[entry] = value
+        if name is not None:
+            self.names[entry] = name
+        return self.buffer(entry, shape, dtype)
+
+    def drop_unread(self) -> None:
+        """Remove weights that no node reads any more, so that the program asks for them no more."""
+        self.graph.eliminate_dead_code()
+        read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        for prefix, owner in self.module.named_modules():
+            for table in (owner._parameters, owner._buffers):
+                for name in [name for name in table if (f"{prefix}.{name}" if prefix else name) not in read]:
+                    del table[name]
+
+    def reshape(self, entry: str, shape: Sequence[int]) -> None:
+        """Give the weight `entry` another shape; `retrace` takes its new value."""
+        owner, _, last = entry.rpartition(".")
+        with self.mode:
+            fake = nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
+        setattr(self.module.get_submodule(owner), last, fake)
+
+    def retrace(
+        self,
+        constants: Mapping[str, Constant] | None = None,
+        inputs: tuple[TensorSpec, ...] | None = None,
+        state: tuple[TensorSpec, ...] = (),
+    ) -> Program:
+        """The program with the changed graph traced anew, its outputs declared as they are now.
+
+        `constants`: the values of more new entries; the program calls those without a name of their own METHOD.ENTRY,
+        and equal names are one constant. `inputs`: those that the method takes from now on, where they change. `state`:
+        what it keeps besides what it kept; state that the graph no longer writes is dropped.
+        """
+        self.graph.eliminate_dead_code()
+        self.module.recompile()
+        self.module._forward_pre_hooks.clear()  # they check for the sizes of inputs as they were
+        traced = self.program.methods[self.method]
+        signature = replace(traced.signature, inputs=inputs or traced.signature.inputs)
+        exported = trace_module(self.module, signature.inputs, self.mode)
+        written = set(exported.graph_signature.buffers_to_mutate.values())
+        states = tuple(spec for spec in (*signature.state, *state) if spec.name in written)
+        users = exported.graph_signature.user_outputs
+        leaving = {node.name: node.meta["val"].shape for node in exported.graph.output_node().all_input_nodes}
+        outputs = tuple(
+            replace(spec, shape=resized(spec.shape, leaving[str(name)]))
+            for spec, name in zip(signature.outputs, users, strict=True)
+        )
+        kept = set(exported.state_dict) - {spec.name for spec in states}
+        values = {**self.constants, **(constants or {})}
+        called = {entry: self.names.get(entry, f"{self.method}.{entry}") for entry in values if entry in kept}
+        every = {**traced.weight_names, **called}
+        return self.program.replace(
+            self.method,
+            replace(
+                traced,
+                signature=replace(signature, outputs=outputs, state=states),
+                exported=exported,
+                weight_names={entry: every[entry] for entry in kept},
+            ),
+            {name: values[entry] for entry, name in called.items()},
+        )
+
+
+def resized(declared: tuple[int | Dim, ...], found: Sequence[Any]) -> tuple[int | Dim, ...]:
+    """The shape `found`; where it is dynamic, as declared before. No symbol is asked for a value: that would fix it."""
+    if all(isinstance(size, int) for size in found):
+        return tuple(found)
+    if len(declared) != len(found):
+        return declared
+    return tuple(new if isinstance(new, int) else old for old, new in zip(declared, found, strict=True))
