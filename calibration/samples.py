@@ -1,30 +1,18 @@
-"""Image-text samples to measure and calibrate with: the zoo's own, or a folder of pictures with a JSONL beside them."""
+"""Samples to measure and calibrate with, by name: the zoo's own, a folder's, or those of a Hugging Face data set."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from PIL import Image
-
+from calibration.folder import folder_readers
+from calibration.hub_data import hub_readers
+from calibration.reading import Reader, Sample, Samples, given
 from graphs.errors import UserError
-from graphs.files import contained, reason
-from graphs.preprocess.image import load_image
 
-MAX_LINE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture, a question about it, and the right answer where it is known."""
-
-    image: Image.Image
-    question: str
-    answer: str | None = None
-    task: str = ""
+__all__ = ["Sample", "Samples", "open_samples", "zoo_samples"]
 
 
 def zoo_samples(count: int, seed: int = 0, split: Literal["train", "heldout"] = "heldout") -> Iterator[Sample]:
@@ -35,29 +23,21 @@ def zoo_samples(count: int, seed: int = 0, split: Literal["train", "heldout"] = 
         yield Sample(sample.image, sample.question, sample.answer, sample.task)
 
 
-def folder_samples(folder: Path) -> Iterator[Sample]:
-    """The samples of `folder`/*.jsonl: an object a line, `image` (a file name), `question`, maybe `answer` and `task`.
+def zoo_readers(seed: int) -> Iterator[Reader]:
+    """The zoo's training questions, without end."""
+    for sample in zoo_samples(1 << 40, seed, "train"):
+        yield partial(given, sample)
 
-    Raises UserError naming the file and line at fault.
+
+def open_samples(text: str, count: int = 64, seed: int = 0) -> Samples:
+    """The samples that `text` names: `zoo` (its training split), `hf:NAME` or `hf:NAME:SPLIT`, or a folder.
+
+    The same seed gives the same samples. Raises UserError where there is no such data.
     """
-    lists = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
-    if len(lists) != 1:
-        raise UserError(f"{folder} must hold one .jsonl file and its pictures; it holds {len(lists)} .jsonl files")
-    with lists[0].open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                row = parse(line, f"{lists[0]}:{number}")
-                image = load_image(contained(folder, row["image"]))
-                yield Sample(image, row["question"], row.get("answer"), row.get("task", ""))
-
-
-def parse(line: str, where: str) -> dict[str, Any]:
-    """One line of the list. Raises UserError where it is not of its form."""
-    try:
-        row = json.loads(line) if len(line) <= MAX_LINE else None
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {reason(error)}") from error
-    keys = ("image", "question")
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-        raise UserError(f'{where}: each line is an object with "image" and "question"')
-    return row
+    if count < 1:
+        raise UserError(f"{count} samples cannot calibrate anything: ask for 1 or more")
+    if text == "zoo":
+        return Samples(text, zoo_readers(seed), count, seed)
+    if text.startswith("hf:"):
+        return Samples(text, hub_readers(text.removeprefix("hf:"), seed), count, seed)
+    return Samples(text, folder_readers(Path(text), seed), count, seed)
