@@ -18,7 +18,8 @@ from graphs.trace import trace_module
 class CastFloats:
     """Weights, activations and state in `dtype`; inputs are cast on entry and outputs on leaving, so signatures stay.
 
-    The graph is traced anew, so that every operator is valid for its new operands.
+    Of a quantized program, scales and palettes are cast; integers and float8 numbers, state among them, stay what they
+    are. The graph is traced anew, so that every operator is valid for its new operands.
     """
 
     dtype: torch.dtype
@@ -29,7 +30,9 @@ class CastFloats:
         return program
 
     def cast(self, traced: TracedMethod) -> TracedMethod:
-        state = tuple(replace(spec, dtype=self.dtype) for spec in traced.signature.state)
+        state = tuple(
+            replace(spec, dtype=self.dtype) if spec.dtype == torch.float32 else spec for spec in traced.signature.state
+        )
         return replace(
             traced,
             signature=replace(traced.signature, state=state),
@@ -49,14 +52,14 @@ def retrace(exported: ExportedProgram, inputs: tuple[TensorSpec, ...], dtype: to
     return trace_module(module, inputs, mode)
 
 
-def cast_tensors(module: nn.Module, dtype: torch.dtype) -> None:
-    """Exchange every float32 parameter and buffer of `module` for one of `dtype`."""
+def cast_tensors(module: nn.Module, dtype: torch.dtype, source: torch.dtype = torch.float32) -> None:
+    """Exchange every parameter and buffer of `module` that is of the dtype `source` for one of `dtype`."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == source:
                 setattr(owner, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
         for name, buffer in list(owner.named_buffers(recurse=False)):
-            if buffer.dtype == torch.float32:
+            if buffer.dtype == source:
                 setattr(owner, name, buffer.to(dtype))
 
 
@@ -89,12 +92,15 @@ def cast_nodes(graph: fx.Graph, dtype: torch.dtype) -> None:
                 insert_cast(graph, node, dtype)
     output = graph.output_node()
     with graph.inserting_before(output):
-        output.args = fx.map_arg(
-            output.args, lambda arg: graph.call_function(torch.ops.aten.to.dtype, (arg, torch.float32))
-        )
+        output.args = fx.map_arg(output.args, lambda arg: float_again(graph, arg))
+
+
+def float_again(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """An output in float32, as its signature says; integers as they are."""
+    return graph.call_function(torch.ops.aten.to.dtype, (node, torch.float32)) if is_float(node) else node
 
 
 def is_float(node: fx.Node) -> bool:
-    """Whether a node's value is a float tensor, or unknown (a weight, or a cast that was just inserted)."""
+    """Whether a node's value is a float tensor, or not known to be one tensor (a cast that was just inserted)."""
     value = node.meta.get("val")
     return not isinstance(value, torch.Tensor) or value.is_floating_point()

@@ -1,4 +1,4 @@
-"""Half precision as a pass: inside fp16, outside as before, and near the original."""
+"""Half precision as a pass: inside halves, outside as before, near the original; integers stay integers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import torch
 from torch.fx import Graph, Node
 
 from export.verify import compare, program_signatures, record, seeded_inputs
-from graphs.errors import UserError
-from graphs.model import Request, load_model
-from graphs.trace import trace
-from quant.recipes import recipe
+from graphs.rewrite import Opened
+from quant.insert import Choice, insert
+from quant.layers import layers
+from quant.precision import CastFloats
+from quant.scheme import Scheme
 from runtimes.eager import EagerRuntime
+from tests.tiny import tiny_program
 
 
 def attention(graph: Graph) -> list[Node]:
@@ -20,30 +22,49 @@ def attention(graph: Graph) -> list[Node]:
     return [argument for node in nodes for argument in node.all_input_nodes]
 
 
-@pytest.mark.parametrize("variant", ["tiny", "tiny-v2"])
-def test_fp16_is_inside_and_close(variant: str) -> None:
-    model = load_model(Request("mobilevlm", variant))
-    source = trace(model.architecture, model.weights)
-    half = recipe("reference-fp16").apply(source)
+@pytest.mark.parametrize(
+    ("variant", "dtype", "limit"),
+    [("tiny", torch.float16, 1e-2), ("tiny-v2", torch.float16, 1e-2), ("tiny", torch.bfloat16, 5e-2)],
+)
+def test_inside_and_close(variant: str, dtype: torch.dtype, limit: float) -> None:
+    source = tiny_program(variant)
+    half = CastFloats(dtype).run(source)
     half.check()
     for name in half:
         floats = {t.dtype for t in half.methods[name].exported.state_dict.values() if t.is_floating_point()}
-        assert floats == {torch.float16}
+        assert floats == {dtype}
         inside = [n.meta["val"].dtype for n in attention(half.methods[name].exported.graph)]
-        assert set(inside) <= {torch.float16}
+        assert set(inside) <= {dtype}
     inputs = seeded_inputs(program_signatures(source))
     errors = compare(record(EagerRuntime(half), inputs), record(EagerRuntime(source), inputs))
-    assert all(1e-6 < error["relative_l2"] < 1e-2 for error in errors.values())
+    assert all(1e-6 < error["relative_l2"] < limit for error in errors.values())
     logits = half.module("text_decoder")(torch.randn(1, 3, 64), torch.arange(3))
     assert (logits[0] if isinstance(logits, tuple) else logits).dtype == torch.float32
 
 
-def test_fp32_is_the_program_itself() -> None:
-    model = load_model(Request("mobilevlm", "tiny"))
-    source = trace(model.architecture, model.weights)
-    assert recipe("reference-fp32").apply(source) is source
+def test_integers_stay() -> None:
+    """Of a quantized program, scales are cast and integers are the same."""
+    source = tiny_program("tiny")
+    scheme = Scheme.parse("w8")
 
+    def choice(name: str) -> Choice:
+        def parts() -> dict[str, torch.Tensor]:
+            weight = source.value(name)
+            scale = weight.abs().amax(-1, keepdim=True) / 127
+            return {"q": (weight / scale).round().to(torch.int8), "scale": scale}
 
-def test_unknown_recipe() -> None:
-    with pytest.raises(UserError, match="did you mean 'reference-fp16'"):
-        recipe("reference-fp61")
+        return Choice(scheme, name, parts)
+
+    names = source.methods["text_decoder"].weight_names
+    found = layers(Opened.open(source, "text_decoder"))
+    full = insert(source, {("text_decoder", layer.entry): choice(names[layer.entry]) for layer in found})
+    half = CastFloats(torch.float16).run(full)
+    half.check()
+    kept = half.methods["text_decoder"].exported.state_dict
+    assert {t.dtype for name, t in kept.items() if name.endswith("_q")} == {torch.int8}
+    assert {t.dtype for name, t in kept.items() if name.endswith("_scale")} == {torch.float16}
+    entry = f"{found[0].entry}_q"
+    assert torch.equal(half.tensor("text_decoder", entry), full.tensor("text_decoder", entry))
+    inputs = seeded_inputs({"text_decoder": program_signatures(full)["text_decoder"]})
+    errors = compare(record(EagerRuntime(half), inputs), record(EagerRuntime(full), inputs))
+    assert 1e-6 < errors["text_decoder"]["relative_l2"] < 1e-2

@@ -1,0 +1,93 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounds one input's weights at a time and lets later ones make up for it.
+
+With H = E[x x^T] and U the upper Cholesky factor of its inverse, rounding column k of the weight by an error e costs
+least when the columns behind it move by -e U[k, k:] / U[k, k]. Columns go in blocks, so that the far ones are updated
+by one product a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphs.errors import UserError
+from quant.algorithms import mse
+from quant.algorithms.base import QuantizedWeight, blocks, decode, encode, pack
+from quant.algorithms.inputs import Inputs
+from quant.scheme import WeightScheme
+
+BLOCK = 128
+DAMPING = 0.01  # of the mean diagonal, the paper's; ten times more after each failure to factor
+
+
+def quantize(
+    weight_OK: Tensor, scheme: WeightScheme, inputs: Inputs | None = None, *, act_order: bool = True
+) -> QuantizedWeight:
+    """The weight rounded so that the layer's output, not the weight, stays near.
+
+    `act_order` takes inputs by falling second moment, with the groups' scales fixed beforehand; without it a group's
+    scales are found when its turn comes, on the weights as compensated by then. Scales come from `mse.search`, not
+    weighted: measured nearer than weighted ones, since what matters most is made up for anyway. An input that
+    calibration never saw is rounded to nearest. Raises UserError without a Hessian or rows to make it from, and where
+    the group does not divide K.
+    """
+    if inputs is None or (inputs.hessian_KK is None and inputs.rows_RK is None):
+        raise UserError("gptq needs the Hessian of the layer's inputs: calibrate with it, or choose mse")
+    whole = blocks(weight_OK, scheme.group)
+    group = whole.shape[-1]
+    hessian = inputs.hessian()
+    width = len(hessian)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width)
+    factor = inverse_factor(hessian[order][:, order])
+    columns = weight_OK.float().T[order].contiguous()  # [K, O]: a column of the weight lies together
+    points = torch.empty_like(columns)
+    static = act_order or group == width
+    scale, zero = mse.search(whole, scheme)  # [O, n, 1]
+    size = BLOCK if static or group > BLOCK else BLOCK // group * group
+    for begin in range(0, width, size):
+        end = min(begin + size, width)
+        errors = torch.empty_like(columns[begin:end])
+        for k in range(begin, end):
+            index = int(order[k]) // group
+            if not static and k % group == 0:
+                pending = columns[k : k + group].clone()
+                done = k - begin  # of this block: what they owe to columns beyond it is not paid yet
+                if done and k + group > end:
+                    pending[end - k :] -= factor[begin:k, end : k + group].T @ errors[:done]
+                fresh, fresh_zero = mse.search(pending.T.unsqueeze(1), scheme)
+                scale[:, index : index + 1] = fresh
+                if zero is not None and fresh_zero is not None:
+                    zero[:, index : index + 1] = fresh_zero
+            step, offset = scale[:, index, 0], None if zero is None else zero[:, index, 0]
+            points[k] = encode(columns[k], step, offset, scheme)
+            errors[k - begin] = (columns[k] - decode(points[k], step, offset)) / factor[k, k]
+            if k + 1 < end:
+                columns[k + 1 : end].addr_(factor[k, k + 1 : end], errors[k - begin], alpha=-1)
+        if end < width:
+            columns[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    placed = torch.empty_like(points)
+    placed[order] = points
+    return pack(placed.T.contiguous(), scale, zero, scheme)
+
+
+def inverse_factor(hessian_KK: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = (H + damping)^-1, float32 [K, K].
+
+    H = R R^T with R upper triangular (a Cholesky factor read from the other end), so U = R^-1: one factorisation and
+    one triangular inverse instead of the paper's inverse and two factorisations. Damping grows until H factors; an
+    input that was never seen (a zero row) gets the mean diagonal.
+    """
+    hessian = hessian_KK.flip(0, 1).clone()
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0:
+        return torch.eye(len(hessian))
+    diagonal[diagonal <= 0] = mean
+    damping, failed = DAMPING, True
+    while failed:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        damping, failed = damping * 10, bool(info != 0)
+    identity = torch.eye(len(hessian))
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
