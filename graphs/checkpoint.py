@@ -80,6 +80,7 @@ class Checkpoint:
         self.files: tuple[Path, ...] = tuple(files)
         self.allow_nan = allow_nan
         self._shards: dict[str, WeightFile] = {}
+        self._stored: dict[str, str] = {}  # name -> name in its file, where they differ
 
     @classmethod
     def open(cls, path: Path | str, *, allow_pickle: bool = False, allow_nan: bool = False) -> Checkpoint:
@@ -120,6 +121,28 @@ class Checkpoint:
         if not self._shards:
             raise UserError(f"{self.directory}: its weight files hold no tensors")
 
+    def rename(self, rules: Iterable[tuple[str, str]]) -> None:
+        """Bring names of several public layouts to one: the first regular expression of `rules` that a name begins with
+        is exchanged for its replacement.
+
+        Raises: UserError where two tensors come to the same name.
+        """
+        compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+        shards: dict[str, WeightFile] = {}
+        for name, shard in self._shards.items():
+            matches = ((found, new) for pattern, new in compiled if (found := pattern.match(name)))
+            found, new = next(matches, (None, ""))
+            renamed = found.expand(new) + name[found.end() :] if found else name
+            if renamed in shards:
+                raise UserError(f"{self.directory}: '{shown(name)}' and '{shown(self.stored(renamed))}' are one tensor")
+            shards[renamed] = shard
+            self._stored[renamed] = name
+        self._shards = shards
+
+    def stored(self, name: str) -> str:
+        """What a tensor is called in its file."""
+        return self._stored.get(name, name)
+
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._shards)
@@ -128,18 +151,18 @@ class Checkpoint:
         return name in self._shards
 
     def shape(self, name: str) -> torch.Size:
-        return self._shards[name].entries[name].shape
+        return self._shards[name].entries[self.stored(name)].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._shards[name].entries[name].dtype
+        return self._shards[name].entries[self.stored(name)].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is stored, a view of the mapped file; treat it as read-only."""
-        return self._shards[name].tensor(name)
+        return self._shards[name].tensor(self.stored(name))
 
     def release(self, name: str) -> None:
         """Drop a tensor's pages from this process's resident memory; reading it again is allowed."""
-        self._shards[name].release(name)
+        self._shards[name].release(self.stored(name))
 
     def close(self) -> None:
         """Let go of the files; tensors handed out stay valid."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphs import registry
+from graphs.config import ConfigReader
 from graphs.errors import UserError, nearest
 from graphs.files import read_optional_json
 from graphs.spec import Architecture
@@ -23,6 +25,7 @@ COMPANIONS = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -110,13 +113,25 @@ def load_model(request: Request) -> Model:
         return Model(request, variant.name, architecture, weights, None)
     directory = locate(request.checkpoint, request.allow_pickle)
     checkpoint = Checkpoint.open(directory, allow_pickle=request.allow_pickle, allow_nan=request.allow_nan)
-    preprocessor = read_optional_json(directory, "preprocessor_config.json")
+    preprocessor = read_preprocessor(directory)
     architecture = registry.architecture(request.model).from_config(checkpoint.config, preprocessor)
     architecture = bounded(architecture, request)
+    checkpoint.rename(architecture.aliases)
     shapes = parameter_shapes(architecture)
     found = Weights(checkpoint, {name: architecture.source(name) for name in shapes})
     found.check(shapes, architecture.unused)
     return Model(request, directory.resolve().name, architecture, found, directory)
+
+
+def read_preprocessor(directory: Path) -> dict[str, Any]:
+    """How a checkpoint prepares pictures; empty where it does not say.
+
+    In preprocessor_config.json, or in what transformers writes since its version 5, the `image_processor` of
+    processor_config.json. Raises UserError.
+    """
+    whole = ConfigReader(read_optional_json(directory, "processor_config.json"), "processor_config.json")
+    nested = whole.section("image_processor").values
+    return read_optional_json(directory, "preprocessor_config.json") or dict(nested)
 
 
 def parameter_shapes(architecture: Architecture) -> dict[str, torch.Size]:

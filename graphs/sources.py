@@ -6,7 +6,7 @@ run on the meta device just as well, so shapes are known without reading.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,3 +79,9 @@ class Source:
         for operation in self.operations:
             tensor = operation(tensor)
         return tensor
+
+
+def by_prefix(parameter: str, prefixes: Mapping[str, str]) -> Source:
+    """The tensor whose name is `parameter` with the first prefix of `prefixes` that it has exchanged."""
+    ours = next(prefix for prefix in prefixes if parameter.startswith(prefix))
+    return Source(prefixes[ours] + parameter.removeprefix(ours))

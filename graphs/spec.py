@@ -18,6 +18,7 @@ from graphs.errors import UserError
 if TYPE_CHECKING:
     from graphs.preprocess.image import ImageProcessor
     from graphs.preprocess.prompt import PromptTemplate
+    from graphs.preprocess.tiling import TilingProcessor
     from graphs.weights import Source
 
 
@@ -147,6 +148,10 @@ class Architecture:
         """Where a public checkpoint keeps a parameter of the root module, given by its name there."""
         raise TypeError(f"{type(self).__name__} must map its checkpoint")
 
+    #: (regular expression at the start of a tensor's name, replacement): how names of the public layouts of a system
+    #: become those that `source` speaks of; the first that matches counts
+    aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
+
     #: regular expressions of checkpoint tensors that the deployed graph does not use
     unused: ClassVar[tuple[str, ...]] = ()
 
@@ -163,8 +168,8 @@ class Architecture:
         return {}
 
     @property
-    def image_processor(self) -> ImageProcessor | None:
-        """How a picture becomes this model's pixels; None where the model takes no pictures."""
+    def image_processor(self) -> ImageProcessor | TilingProcessor | None:
+        """How a picture becomes this model's pixels, alone or with other arrays; None where it takes no pictures."""
         return None
 
     @property

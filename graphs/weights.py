@@ -20,7 +20,7 @@ from graphs.errors import UserError
 from graphs.files import reason, shown
 from graphs.hub import resolve_checkpoint
 from graphs.safetensors_io import write_safetensors
-from graphs.sources import Permute, Reshape, Rows, Source, Transpose
+from graphs.sources import Permute, Reshape, Rows, Source, Transpose, by_prefix
 
 __all__ = [
     "Checkpoint",
@@ -33,6 +33,7 @@ __all__ = [
     "Source",
     "Transpose",
     "Weights",
+    "by_prefix",
     "resolve_checkpoint",
     "write_safetensors",
 ]
@@ -133,7 +134,8 @@ class Weights(NamedWeights):
         keys = dict.fromkeys(key for source in self.mapping.values() for key in source.keys)
         unmapped = [name for name in expected if name not in self.mapping]
         missing = unmapped + [key for key in keys if key not in self.checkpoint]
-        unexpected = _unmatched((key for key in self.checkpoint.names() if key not in keys), ignored)
+        extra = _unmatched((key for key in self.checkpoint.names() if key not in keys), ignored)
+        unexpected = [self.checkpoint.stored(key) for key in extra]
         faults = (self._fault(name, shape) for name, shape in expected.items() if name in self.mapping)
         _refuse(self.origin, missing, unexpected, [fault for fault in faults if fault])
 
@@ -142,7 +144,7 @@ class Weights(NamedWeights):
         keys = self.mapping[name].keys
         if not all(key in self.checkpoint for key in keys):
             return None
-        stored = " + ".join(f"{key} {list(self.checkpoint.shape(key))}" for key in keys)
+        stored = " + ".join(f"{self.checkpoint.stored(key)} {list(self.checkpoint.shape(key))}" for key in keys)
         try:
             blank = self._blank(name)
         except (RuntimeError, IndexError, ValueError) as error:
@@ -161,7 +163,7 @@ class Weights(NamedWeights):
         value = stored.to(self.dtype) if self.dtype is not None and stored.is_floating_point() else stored
         value = value.contiguous()
         if not self.checkpoint.allow_nan and not _finite(value):
-            where = f"{self.origin}: tensor '{shown(' + '.join(source.keys))}'"
+            where = f"{self.origin}: tensor '{shown(' + '.join(map(self.checkpoint.stored, source.keys)))}'"
             if _finite(stored.float()):
                 raise UserError(f"{where} has values beyond the range of {_plain(value.dtype)}")
             raise UserError(f"{where} holds NaN or Inf; --allow-nan reads it all the same")

@@ -33,6 +33,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECT_RATIOS: Mapping[str | None, str] = {None: "crop", "square": "crop", "crop": "crop", "pad": "pad"}
 
 
+#: `image_processor_type` -> keys that an image processor of transformers leaves out where they are its defaults
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "SiglipImageProcessor": {
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+}
+
+
 def load_image(path: Path | str) -> Image.Image:
     """The picture in a file: upright (EXIF orientation applied), mode RGB, its first frame where there are several.
 
@@ -100,10 +111,14 @@ class ImageProcessor:
     def from_config(cls, config: Mapping[str, Any], aspect_ratio: str | None = None) -> ImageProcessor:
         """The processor that a preprocessor_config.json with the keys of CLIPImageProcessor describes.
 
-        Absent keys have that class's defaults. `aspect_ratio` is config.json's `image_aspect_ratio`.
+        Absent keys have the defaults of the class that `image_processor_type` names, CLIP's for one that is not in
+        `DEFAULTS`. `aspect_ratio` is config.json's `image_aspect_ratio`; `do_pad` says the same as its "pad".
         Raises: UserError naming the key that is wrong.
         """
-        reader = ConfigReader(config, "preprocessor_config.json")
+        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+        kind = kind.removesuffix("Pil").removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+        given = {key: value for key, value in config.items() if value is not None}
+        reader = ConfigReader({**DEFAULTS.get(kind, {}), **given}, "preprocessor_config.json")
         if aspect_ratio not in ASPECT_RATIOS:
             known = [name for name in ASPECT_RATIOS if name]
             raise UserError(f"config.json: image_aspect_ratio is '{aspect_ratio}'; {nearest(str(aspect_ratio), known)}")
@@ -123,7 +138,7 @@ class ImageProcessor:
             image_mean=mean if normalize else (0.0, 0.0, 0.0),
             image_std=std if normalize else (1.0, 1.0, 1.0),
             rescale_factor=reader.float("rescale_factor", 1 / 255) if reader.bool("do_rescale", True) else 1.0,
-            aspect_ratio=ASPECT_RATIOS[aspect_ratio],
+            aspect_ratio="pad" if reader.bool("do_pad", False) else ASPECT_RATIOS[aspect_ratio],
             background=(red, green, blue),
         )
 
@@ -166,6 +181,23 @@ class ImageProcessor:
         """The centre; Pillow fills with black where the crop is larger than the picture, as CLIP's does."""
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
+
+
+def read_processor(
+    config: Mapping[str, Any] | None, side: int, aspect_ratio: str | None = None
+) -> ImageProcessor | None:
+    """The processor of a checkpoint whose tower takes squares of `side` pixels; None where there is no `config`.
+
+    Raises: UserError as `ImageProcessor.from_config`, and where it makes pictures of another size.
+    """
+    if not config:
+        return None
+    processor = ImageProcessor.from_config(config, aspect_ratio)
+    exact = (processor.height, processor.width)
+    name, size = ("crop_size", processor.crop_size) if processor.crop_size else ("size", exact)
+    if size not in ((None, None), (side, side)):
+        raise UserError(f"preprocessor_config.json: {name} is {size}; this tower takes pictures of {side} x {side}")
+    return processor
 
 
 def _resize_size(reader: ConfigReader) -> tuple[int | None, int | None, int | None]:

@@ -2,7 +2,9 @@
 
 A template is data. Segmentation and tokenization are LLaVA's (`tokenizer_image_token` in
 https://github.com/haotian-liu/LLaVA, shared by MobileVLM): the prompt is cut at its image placeholders, every piece of
-text is tokenized by itself without special tokens, and one token that begins the text stands before everything.
+text is tokenized by itself without special tokens, and one token that begins the text stands before everything. Where
+the placeholder is a token of the vocabulary, the prompt is tokenized whole and cut at that token, as transformers'
+processors do: the two differ in tokenizers that treat the beginning of a text apart.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ class PromptTemplate:
         return f"{self.system}{self.user}{before}{prompt}{self.assistant}"
 
 
+#: one turn as llava-hf's processors write it, without a system's words
+USER_ASSISTANT = PromptTemplate(user="USER: ", assistant=" ASSISTANT:")
+
 #: the conversation that MobileVLM, LLaVA 1.5 and others of Vicuna's descent were trained on
 VICUNA_V1 = PromptTemplate(
     system=(
@@ -60,9 +65,10 @@ class TextSegment:
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """The place of image number `index`, counted from 0."""
+    """The place of image number `index`, counted from 0; `placeholder` is how the prompt's text shows it."""
 
     index: int
+    placeholder: str = "<image>"
 
 
 Segment = TextSegment | ImageSegment
@@ -73,7 +79,7 @@ def segments(template: PromptTemplate, prompt: str, images: int) -> list[Segment
     found: list[Segment] = []
     for index, text in enumerate(template.render(prompt, images).split(template.image)):
         if index:
-            found.append(ImageSegment(index - 1))
+            found.append(ImageSegment(index - 1, template.image))
         if text:
             found.append(TextSegment(text))
     return found
@@ -85,16 +91,33 @@ def tokenize(pieces: Sequence[Segment], tokenizer: Tokenizer) -> list[NDArray[np
     Where the tokenizer adds a token that begins a text, it stands once, before everything.
     """
     begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    tokenized: list[NDArray[np.int64] | ImageSegment] = []
-    if begin and (not pieces or isinstance(pieces[0], ImageSegment)):
-        tokenized.append(np.array(begin, dtype=np.int64))
-        begin = []
-    for piece in pieces:
-        if isinstance(piece, ImageSegment):
-            tokenized.append(piece)
-            continue
-        ids = begin + tokenizer.encode(piece.text)
-        begin = []
-        if ids:
-            tokenized.append(np.array(ids, dtype=np.int64))
-    return tokenized
+    parts = _whole(pieces, tokenizer) or [
+        piece if isinstance(piece, ImageSegment) else tokenizer.encode(piece.text) for piece in pieces
+    ]
+    if parts and not isinstance(parts[0], ImageSegment):
+        parts[0] = begin + parts[0]
+    elif begin:
+        parts.insert(0, begin)
+    return [
+        part if isinstance(part, ImageSegment) else np.array(part, dtype=np.int64)
+        for part in parts
+        if isinstance(part, ImageSegment) or part
+    ]
+
+
+def _whole(pieces: Sequence[Segment], tokenizer: Tokenizer) -> list[list[int] | ImageSegment]:
+    """Ids of the whole prompt, cut at the images; empty where their placeholder is no token that marks just them."""
+    images = [piece for piece in pieces if isinstance(piece, ImageSegment)]
+    marks = {tuple(tokenizer.encode(image.placeholder)) for image in images}
+    if len(marks) != 1 or len(mark := marks.pop()) != 1:
+        return []
+    ids = tokenizer.encode("".join(p.placeholder if isinstance(p, ImageSegment) else p.text for p in pieces))
+    places = [place for place, token in enumerate(ids) if token == mark[0]]
+    if len(places) != len(images):
+        return []
+    parts: list[list[int] | ImageSegment] = []
+    start = 0
+    for image, place in zip(images, places, strict=True):
+        parts += [ids[start:place], image]
+        start = place + 1
+    return [*parts, ids[start:]]

@@ -36,13 +36,21 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(directory: Path | str) -> Tokenizer | None:
+class Encloser(Protocol):
+    """A tokenizer that knows the special tokens around a whole text; those read from files do."""
+
+    def enclose(self, text: str, length: int) -> list[int]:
+        """The ids of `text` with the special tokens that stand around it, the text cut to make `length` at most."""
+        ...
+
+
+def load_tokenizer(directory: Path | str) -> JsonTokenizer | SentencePieceTokenizer | None:
     """The tokenizer in a checkpoint's directory, tokenizer.json before tokenizer.model; None where it has neither.
 
     Raises: UserError where the file is corrupt, too large, or links outside the directory.
     """
     directory = Path(directory)
-    kinds: dict[str, Callable[[Path, Path], Tokenizer]] = {
+    kinds: dict[str, Callable[[Path, Path], JsonTokenizer | SentencePieceTokenizer]] = {
         "tokenizer.json": JsonTokenizer,
         "tokenizer.model": SentencePieceTokenizer,
     }
@@ -74,6 +82,13 @@ class JsonTokenizer:
         first = self._tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.adds_bos: bool = self.bos_id is not None and (first == [self.bos_id] if declared is None else declared)
 
+    def enclose(self, text: str, length: int) -> list[int]:
+        self._tokenizer.enable_truncation(length)
+        try:
+            return list(self._tokenizer.encode(_unicode(text), add_special_tokens=True).ids)
+        finally:
+            self._tokenizer.no_truncation()
+
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(_unicode(text), add_special_tokens=False).ids)
 
@@ -103,6 +118,10 @@ class SentencePieceTokenizer:
         self.eos_ids: tuple[int, ...] = eos or ((own_eos,) if own_eos >= 0 else ())
         # Only the LLaMA family publishes such models, and its tokenizer begins every text unless told otherwise.
         self.adds_bos: bool = self.bos_id is not None and declared is not False
+
+    def enclose(self, text: str, length: int) -> list[int]:
+        begin = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        return [*begin, *self.encode(text)][:length]
 
     def _token_id(self, token: str) -> int | None:
         index = int(self._processor.piece_to_id(token))

@@ -8,6 +8,9 @@ Shape suffixes: B batch, N tokens in, M tokens out, D width, G grid side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +75,9 @@ class InvertedResidual(nn.Module):
 class LDP(nn.Module):
     """Version 1: [B, G*G, in] to [B, ceil(G/2)^2, out]; an MLP, then a block of stride 1 and a block of stride 2."""
 
+    #: prefix of a parameter here -> its prefix in a public checkpoint, behind `mm_projector.`
+    KEYS: ClassVar[Mapping[str, str]] = {"mlp.": "model.mlp.", "mb_block.": "model.mb_block."}
+
     def __init__(self, in_features: int, out_features: int, grid: int) -> None:
         super().__init__()
         self.grid = grid
@@ -90,18 +96,20 @@ class LDPv2(nn.Module):
     """Version 2: [B, G*G, in] to [B, P*P, out]; an MLP, mean pooling to P x P places, a depthwise 3x3 with a skip."""
 
     POOLED = 12  # fixed in the public code, whatever the grid
+    KEYS: ClassVar[Mapping[str, str]] = {"mlp.": "mlp.mlp.", "peg.": "peg.peg.0."}
 
-    def __init__(self, in_features: int, out_features: int, grid: int) -> None:
+    def __init__(self, in_features: int, out_features: int, grid: int, pooled: int = POOLED) -> None:
         super().__init__()
         self.grid = grid
+        self.pooled = pooled
         self.mlp = nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
         self.peg = nn.Conv2d(out_features, out_features, 3, 1, 1, groups=out_features)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BDGG = to_grid(self.mlp(x_BND), self.grid)
         # A grid that divides evenly pools by plain mean windows, which every target has.
-        if self.grid % self.POOLED == 0:
-            x_BDPP = F.avg_pool2d(x_BDGG, self.grid // self.POOLED)
+        if self.grid % self.pooled == 0:
+            x_BDPP = F.avg_pool2d(x_BDGG, self.grid // self.pooled)
         else:
-            x_BDPP = F.adaptive_avg_pool2d(x_BDGG, self.POOLED)
+            x_BDPP = F.adaptive_avg_pool2d(x_BDGG, self.pooled)
         return to_tokens(self.peg(x_BDPP) + x_BDPP)

@@ -30,7 +30,13 @@ class KVCache(nn.Module):
         return self.k, self.v
 
 
-def causal_mask(position_S: Tensor, context: int, dtype: torch.dtype) -> Tensor:
-    """[S, C] to add to scores: 0 where key c is at or before the query's position, `MASKED` elsewhere."""
-    visible_SC = torch.arange(context, device=position_S.device) <= position_S.unsqueeze(1)
+def causal_mask(position_S: Tensor, context: int, dtype: torch.dtype, window: int = 0) -> Tensor:
+    """[S, C] to add to scores: 0 where key c is at or before the query's position, `MASKED` elsewhere.
+
+    With a `window`, only the last `window` keys are seen, the query's own among them.
+    """
+    key_C, position_S1 = torch.arange(context, device=position_S.device), position_S.unsqueeze(1)
+    visible_SC = key_C <= position_S1
+    if 0 < window < context:
+        visible_SC = visible_SC & (key_C > position_S1 - window)
     return torch.where(visible_SC, 0.0, MASKED).to(dtype)

@@ -64,7 +64,8 @@ def test_equals_the_independent_classes(case: str, tmp_path: Path) -> None:
 
 
 def test_a_published_tower_may_be_named_instead_of_described() -> None:
-    from graphs.architectures.mobilevlm import CLIP_LARGE_336, MobileVLM
+    from graphs.architectures.mobilevlm import MobileVLM
+    from graphs.components.vision.clip import CLIP_LARGE_336
 
     config = {**reference().config, "vision_config": None, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     assert MobileVLM.from_config(config).vision == CLIP_LARGE_336

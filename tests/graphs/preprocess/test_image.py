@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from graphs.errors import UserError
-from graphs.preprocess.image import MAX_PIXELS, ImageProcessor, load_image
+from graphs.preprocess.image import MAX_PIXELS, ImageProcessor, load_image, read_processor
 
 PUBLISHED: dict[str, Any] = {  # preprocessor_config.json of openai/clip-vit-large-patch14-336, which MobileVLM uses
     "crop_size": 336,
@@ -273,3 +274,19 @@ def test_corruption_anywhere_is_an_image_or_one_line(tmp_path: Path) -> None:
         except UserError as error:
             outcomes.add("refused" if "\n" not in str(error) else str(error))
     assert outcomes == {"RGB", "refused"}
+
+
+@pytest.mark.parametrize("name", ["SiglipImageProcessor", "SiglipImageProcessorFast"])
+def test_absent_keys_are_the_defaults_of_the_class_named(name: str) -> None:
+    processor = ImageProcessor.from_config({"image_processor_type": name})
+    for width, height in SIZES:
+        image = scene(width, height)
+        expected = np.asarray(SiglipImageProcessorPil()(image, return_tensors="np")["pixel_values"])
+        mean, std = (np.array(values).reshape(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+        assert np.abs((processor(image) / 255 - mean) / std - expected).max() <= 1e-6
+
+
+def test_a_size_that_the_tower_does_not_take_is_refused() -> None:
+    with pytest.raises(UserError, match=r"size is \(224, 224\); this tower takes pictures of 384 x 384"):
+        read_processor({"image_processor_type": "SiglipImageProcessor"}, 384)
+    assert read_processor({}, 384) is None

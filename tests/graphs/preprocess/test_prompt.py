@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Whole
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 
 from graphs.errors import UserError
 from graphs.preprocess.prompt import VICUNA_V1, ImageSegment, PromptTemplate, TextSegment, segments, tokenize
@@ -96,3 +99,20 @@ def test_one_begin_token_stands_before_everything(tokenizer: Tokenizer) -> None:
         assert ids.count(tokenizer.bos_id) == int(tokenizer.adds_bos)  # type: ignore[arg-type]
         if tokenizer.adds_bos:
             assert ids[0] == tokenizer.bos_id
+
+
+def test_a_placeholder_of_the_vocabulary_is_read_with_what_surrounds_it(tmp_path: Path) -> None:
+    """As transformers' processors read it: only the beginning of the whole prompt is the beginning of a text."""
+    whole = Whole(WordLevel({"[UNK]": 0, "▁Hi": 1, "▁you": 2, "you": 3}, unk_token="[UNK]"))
+    whole.pre_tokenizer = Metaspace(prepend_scheme="first")
+    whole.add_special_tokens(["<image>"])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    template = PromptTemplate(user="Hi")
+    tokenized = tokenize(segments(template, "<image>you", 1), tokenizer)
+    expected = whole.encode("Hi<image>you").ids
+    image = whole.token_to_id("<image>")
+    assert [i for part in tokenized for i in ([image] if isinstance(part, ImageSegment) else part)] == expected
+    assert expected == [1, image, 3]
+    assert tokenizer.encode("you") == [2]
