@@ -16,13 +16,13 @@ TARGET ?= onnxruntime
 # option of `vlmx export` -> variable, given only where the variable is set
 flag = $(if $($(1)),--$(2) "$($(1))")
 EXPORT_FLAGS = $(call flag,CHECKPOINT,checkpoint) $(call flag,VARIANT,variant) $(call flag,COMPRESS,compress) \
-  $(call flag,QUANT,quant) $(call flag,OUT,out) $(call flag,DELEGATE,delegate) $(call flag,BUILDER,builder) \
+  $(call flag,QUANT,quant) $(call flag,CALIBRATION,calibration) $(call flag,OUT,out) $(call flag,DELEGATE,delegate) $(call flag,BUILDER,builder) \
   $(if $(FORCE),--force)
 
 help: ## list what make can do
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  variables of export: MODEL TARGET CHECKPOINT VARIANT COMPRESS QUANT OUT FORCE DELEGATE BUILDER"
+	@echo "  variables of export: MODEL TARGET CHECKPOINT VARIANT COMPRESS QUANT CALIBRATION OUT FORCE DELEGATE BUILDER"
 
 export: $(READY) ## compile MODEL for TARGET (onnxruntime, executorch, coreml, tensorrt)
 	@$(BIN)/vlmx export $(MODEL) --target $(TARGET) $(EXPORT_FLAGS)
@@ -51,6 +51,9 @@ agreement: $(READY) ## greedy answers of every runtime against eager on held-out
 matrix: $(READY) ## lower everything small to every target, into docs/matrix.md
 	@$(BIN)/python -m export.matrix
 
+frontier: $(READY) ## accuracy against latency of passes x recipes x targets, into docs/frontier.* (RESUME=1 goes on)
+	@$(BIN)/python -m export.frontier $(call flag,COUNT,count) $(call flag,MINUTES,minutes) $(if $(RESUME),--resume)
+
 clean: ## remove the environment and caches (bundles stay)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
@@ -71,4 +74,4 @@ $(READY_DEV): requirements-dev.lock $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev.lock
 	@touch $@
 
-.PHONY: help export test lint doctor zoo evaluate agreement matrix clean
+.PHONY: help export test lint doctor zoo evaluate agreement matrix frontier clean

@@ -53,7 +53,7 @@ def answer(session: Session, sample: Sample) -> Answer:
 
     *_, last = generate(
         session.runtime,
-        session.segments(sample.question, [sample.image]),
+        session.segments(sample.question, sample.images),
         context=session.context,
         stop=session.tokenizer.eos_ids,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -107,7 +107,7 @@ def runner_answers(directory: Path, session: Session, samples: Sequence[Sample],
         assert isinstance(before, TextSegment)
         assert isinstance(after, TextSegment)
         assert session.processor is not None
-        pixels = session.processor(sample.image)[0]
+        pixels = session.processor(sample.images[0])[0]
         texts.append("".join(runner.pieces(pixels, before.text, after.text, max_new_tokens)).strip())
     return texts
 
@@ -121,7 +121,7 @@ def measure(count: int, seed: int, progress: Progress) -> dict[str, Any]:
         for target in TARGETS:
             out = export(ExportOptions(Request("mobilevlm"), target, out=Path(scratch) / target), progress)
             bundle = Bundle.open(out)
-            limit = float(bundle.manifest["limit"])
+            limit = float(bundle.manifest["limits"]["text_decoder"])
             if not eager:
                 session = Session.open(bundle, "eager")
                 eager = [answer(session, sample) for sample in samples]

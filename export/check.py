@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from export.stability import MOST
 from export.stages import Progress
 from export.verify import execute, load_vectors
 from graphs.errors import GateError, UserError
@@ -12,12 +13,16 @@ from runtimes.base import Unavailable, load_runtime
 from runtimes.manifest import VECTORS, Bundle, inside
 
 
-def recorded_limit(bundle: Bundle) -> float:
-    """The limit that the bundle was exported under. Raises UserError where the manifest has none."""
-    limit = bundle.manifest.get("limit")
-    if not isinstance(limit, float) or not 0 < limit <= 1e-2:
-        raise UserError(f"{bundle.directory}: the manifest's limit is {limit!r}")
-    return limit
+def recorded_limits(bundle: Bundle) -> dict[str, float]:
+    """The limit of each method that the bundle was exported under. Raises UserError where the manifest lacks one."""
+    limits = bundle.manifest.get("limits")
+    found: dict[str, float] = {}
+    for method in bundle.artifact.signatures:
+        limit = limits.get(method) if isinstance(limits, dict) else None
+        if not isinstance(limit, float) or not 0 < limit <= MOST:
+            raise UserError(f"{bundle.directory}: the manifest's limit for {method} is {limit!r}")
+        found[method] = limit
+    return found
 
 
 def verify_bundle(directory: Path, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -34,4 +39,4 @@ def verify_bundle(directory: Path, progress: Progress) -> dict[str, dict[str, An
     except Unavailable as why:
         raise GateError(f"{directory}: files are whole, but {bundle.target} cannot run here: {why}") from why
     progress(f"running {runtime.version}")
-    return execute(runtime, vectors, recorded_limit(bundle), str(directory))
+    return execute(runtime, vectors, recorded_limits(bundle), str(directory))

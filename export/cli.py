@@ -42,10 +42,14 @@ def request_of(args: argparse.Namespace) -> Any:
 
 def export_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Result, str]:
     """`vlmx export`."""
+    from calibration.source import Calibration
     from export.pipeline import ExportOptions, export
 
     extra = {key: value for key in ("delegate", "builder") if (value := getattr(args, key)) is not None}
-    options = ExportOptions(request_of(args), args.target, args.quant, args.compress, args.out, args.force, extra)
+    calibration = Calibration(args.calibration, args.calibration_count, args.calibration_seed)
+    options = ExportOptions(
+        request_of(args), args.target, args.quant, calibration, args.compress, args.out, args.force, extra
+    )
     out = export(options, say)
     manifest = json.loads((out / "manifest.json").read_text())
     total = sum(record["bytes"] for record in manifest["files"].values())
@@ -109,6 +113,16 @@ def plan_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[
     return result, describe(result)
 
 
+def calibrate_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Result, str]:
+    """`vlmx calibrate`."""
+    from export.calibrate import CalibrateOptions, calibrate, describe
+
+    options = CalibrateOptions(request_of(args), args.out, args.data, args.count, args.seed, args.compress, args.force)
+    statistics = calibrate(options, say)
+    result = {"statistics": str(args.out), "layers": len(statistics), "origin": statistics.origin.to_json()}
+    return result, describe(statistics, args.out)
+
+
 def doctor_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Result, str]:
     """`vlmx doctor`."""
     from export.doctor import describe, doctor
@@ -166,16 +180,27 @@ def parser() -> Parser:
             "--variant", metavar="V", help="a published size, or `tiny`; without --checkpoint: random weights"
         )
         added.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="weights in the public layout")
-        added.add_argument("--seed", type=int, default=0, help="of random weights")
+        added.add_argument("--seed", type=int, default=0, help="of random weights, and of samples")
         added.add_argument("--max-context", type=positive, metavar="TOKENS", help="bound the KV cache")
         added.add_argument("--allow-pickle", action="store_true", help="read legacy .bin weights (tensors only)")
         added.add_argument("--allow-nan", action="store_true", help="accept weights that hold NaN or Inf")
+
+    def quant(added: Parser) -> None:
         added.add_argument("--quant", metavar="RECIPE", help="see `vlmx list recipes`; default: the target's own")
 
     added = verb("export", export_command, "compile a model for a target into a verified bundle")
     source(added)
+    quant(added)
     added.add_argument("--target", required=True, metavar="T", help="see `vlmx list targets`")
     added.add_argument("--compress", default="", metavar="PASSES", help="see `vlmx list passes`")
+    added.add_argument(
+        "--calibration",
+        default="zoo",
+        metavar="DATA",
+        help="for recipes that need it: zoo, a folder with a .jsonl, hf:NAME[:SPLIT], or what `vlmx calibrate` wrote",
+    )
+    added.add_argument("--calibration-count", type=positive, default=64, metavar="N", help="samples to draw of it")
+    added.add_argument("--calibration-seed", type=int, default=0, metavar="N", help="what draws them")
     added.add_argument("--out", type=Path, metavar="DIR", help="default: bundles/VARIANT-TARGET")
     added.add_argument("--force", action="store_true", help="replace the bundle at --out")
     added.add_argument("--delegate", metavar="NAME", help="executorch: the delegate")
@@ -202,7 +227,16 @@ def parser() -> Parser:
 
     added = verb("plan", plan_command, "what a model costs, before any weight is read")
     source(added)
+    quant(added)
     added.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="of text, besides the picture")
+
+    added = verb("calibrate", calibrate_command, "collect what quantization must know of a model's activations")
+    source(added)
+    added.add_argument("--compress", default="", metavar="PASSES", help="see `vlmx list passes`")
+    added.add_argument("--data", default="zoo", metavar="D", help="zoo, a folder with a JSONL, or hf:NAME[:SPLIT]")
+    added.add_argument("--count", type=positive, default=64, metavar="N", help="of samples")
+    added.add_argument("--out", type=Path, required=True, metavar="FILE", help="as in stats.safetensors")
+    added.add_argument("--force", action="store_true", help="replace the file at --out")
 
     verb("doctor", doctor_command, "what each target can do on this machine")
 

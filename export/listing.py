@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from export.targets.base import TARGETS, load_target
+from export.targets.base import TARGETS, Capabilities, load_target
 from graphs import registry
 from graphs.compress import base as compress
 from graphs.model import zoo_checkpoints
-from quant.recipes import RECIPES
+from quant.recipe import names, recipe
 
 
 def models() -> dict[str, str]:
@@ -22,9 +22,17 @@ def models() -> dict[str, str]:
 
 
 def targets() -> dict[str, str]:
-    """Each target with where it runs and the recipes it takes."""
+    """Each target with where it runs and what numbers it takes."""
     found = {name: load_target(name).capabilities for name in TARGETS}
-    return {name: f"{table.runs_on}; recipes {', '.join(table.recipes)}" for name, table in found.items()}
+    return {
+        name: "; ".join([table.runs_on, *(f"{kind}: {' '.join(takes)}" for kind, takes in kinds(table).items())])
+        for name, table in found.items()
+    }
+
+
+def kinds(table: Capabilities) -> dict[str, tuple[str, ...]]:
+    """What a target takes, by kind: floats, schemes of each kind of layer, the KV cache."""
+    return {"floats": table.floats, **table.schemes, "KV cache": table.kv_cache}
 
 
 def passes() -> dict[str, str]:
@@ -34,7 +42,7 @@ def passes() -> dict[str, str]:
 
 def recipes() -> dict[str, str]:
     """Each quantization recipe."""
-    return {name: recipe.about for name, recipe in RECIPES.items()}
+    return {name: recipe(name).about for name in names()}
 
 
 LISTS: dict[str, Callable[[], dict[str, str]]] = {

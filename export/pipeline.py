@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 
+from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
+from export.stability import limits
 from export.stages import Progress, Stages, to_stderr
-from export.targets.base import LIMITS, Capabilities, Lowered, LowerOptions, Target, load_target
+from export.targets.base import Lowered, LowerOptions, Target, load_target
 from export.verify import (
+    Call,
     Vectors,
     compare,
     compare_compressed,
+    declared,
     execute,
     inputs_of,
     program_signatures,
@@ -27,18 +31,20 @@ from export.verify import (
     seeded_inputs,
 )
 from graphs.compress.base import apply, parse, write
-from graphs.errors import UserError, nearest
+from graphs.errors import UserError
 from graphs.files import contained
 from graphs.model import COMPANIONS, Model, Request, load_model
 from graphs.preprocess.tokenizer import load_tokenizer
 from graphs.program import Program
 from graphs.trace import trace
-from quant.recipes import recipe
+from quant.apply import Quantization
+from quant.recipe import recipe
+from quant.resolve import resolve
 from runtimes.base import Artifact, Unavailable, load_runtime
 from runtimes.eager import EagerRuntime
 from runtimes.manifest import SCHEMA, VECTORS, signature_to_json
 
-STAGES = ("load", "trace", "compress", "quantize", "lower", "verify", "publish")
+STAGES = ("load", "trace", "compress", "calibrate", "quantize", "lower", "verify", "publish")
 
 
 @dataclass(frozen=True)
@@ -47,20 +53,12 @@ class ExportOptions:
 
     request: Request
     target: str
-    recipe: str | None = None  # None: the target's default
+    recipe: str | None = None  # a name or a file; None: the target's default
+    calibration: Calibration = field(default_factory=Calibration)
     compress: str = ""
     out: Path | None = None  # None: bundles/VARIANT-TARGET
     force: bool = False
     extra: Mapping[str, str] = field(default_factory=dict)  # the target's own options
-
-
-def choose_recipe(name: str | None, target: str, capabilities: Capabilities) -> str:
-    """The recipe to use. Raises UserError where there is none of that name or the target does not take it."""
-    if name is None:
-        return capabilities.recipes[0]
-    if recipe(name).name not in capabilities.recipes:
-        raise UserError(f"{target} does not take recipe '{name}': {nearest(name, capabilities.recipes)}")
-    return name
 
 
 def visual_tokens(program: Program) -> int | None:
@@ -72,12 +70,15 @@ def visual_tokens(program: Program) -> int | None:
 
 def compress_record(compressed: Program, source: Program) -> dict[str, dict[str, Any] | None]:
     """The `compress` entries of the manifest: None for a method whose graph is the source's own."""
-    changed = {
-        name: seeded
-        for name, seeded in seeded_inputs(program_signatures(source)).items()
-        if compressed.methods[name] is not source.methods[name]
+    changed = [name for name in source if compressed.methods[name] is not source.methods[name]]
+    before, after = ({name: program.methods[name].signature for name in changed} for program in (source, compressed))
+    given = seeded_inputs(after)
+    plain = {name: [declared(call, before[name].inputs) for call in calls] for name, calls in given.items()}
+    actual, expected = record(EagerRuntime(compressed), given), record(EagerRuntime(source), plain)
+    actual = {
+        name: [Call(call.inputs, declared(call.outputs, before[name].outputs)) for call in calls]
+        for name, calls in actual.items()
     }
-    actual, expected = (record(EagerRuntime(program), changed) for program in (compressed, source))
     return {**dict.fromkeys(source), **compare_compressed(actual, expected)}
 
 
@@ -111,16 +112,16 @@ def artifact_of(program: Program, lowered: Lowered, directory: Path) -> Artifact
 
 
 def verify_lowered(
-    target: str, artifact: Artifact, lowered: Lowered, expected: Vectors, limit: float
+    target: str, artifact: Artifact, lowered: Lowered, expected: Vectors, limits: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """The `lower` entries of the manifest. Raises GateError where a method is off by more than `limit`."""
+    """The `lower` entries of the manifest. Raises GateError where a method is off by more than its limit."""
     try:
         runtime = load_runtime(target, artifact)
     except Unavailable as why:
         return {
             name: {"executed": False, "why": str(why), "checked": lowered.checked.get(name, "")} for name in expected
         }
-    return execute(runtime, expected, limit, target)
+    return execute(runtime, expected, limits, target)
 
 
 def copy_companions(model: Model, directory: Path) -> None:
@@ -146,7 +147,8 @@ def check_space(program: Program, directory: Path) -> None:
 def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
     """Make a bundle; its directory. Raises UserError for what the user can mend and GateError for a failed check."""
     target: Target = load_target(options.target)
-    chosen = choose_recipe(options.recipe, options.target, target.capabilities)
+    table = target.capabilities
+    chosen = recipe(options.recipe or table.default_recipe)
     passes = parse(options.compress)
     stages = Stages(progress, STAGES)
     if options.out is not None:
@@ -168,25 +170,33 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
         if passes:
             say(f"visual tokens: {tokens['before']} -> {tokens['after']}")
         prompt = prompt_record(model, tokens["after"])
-    with stages("quantize", chosen) as say:
-        native = chosen in target.capabilities.native
-        program = compressed if native else recipe(chosen).apply(compressed)
+        resolved = resolve(chosen, compressed, options.target, table)
+    with stages("calibrate", options.calibration.about() if resolved.needs_statistics else "not needed") as say:
+        statistics = None
+        if resolved.needs_statistics:
+            statistics = options.calibration.statistics(model, compressed, write(passes), resolved.needs_hessians, say)
+    with stages("quantize", chosen.name) as say:
+        quantization = Quantization(resolved, statistics, say)
+        rounded = quantization.rounded(compressed)
+        program = quantization.cast(rounded)
         program.check()
+        for method, schemes in resolved.counts().items():
+            say(f"{method}: {', '.join(f'{count} x {scheme}' for scheme, count in schemes.items())}")
     with staged(out, options.force) as directory:
         check_space(program, directory)
         with stages("lower", options.target) as say:
             legal = target.legalize(program)
             legal.check()
             metadata = {**prompt, "variant": model.variant}
-            lowered = target.lower(legal, directory, LowerOptions(chosen, metadata, options.extra, say))
-        with stages("verify", "against the source graph") as say:
             expected = record(EagerRuntime(program), seeded_inputs(program_signatures(program)))
+            gates = limits(resolved, table.limit(resolved.floats, resolved.quantized), rounded, expected)
+            lowered = target.lower(legal, directory, LowerOptions(resolved.floats, gates, metadata, options.extra, say))
+        with stages("verify", "against the source graph") as say:
             unquantized = None if program is compressed else record(EagerRuntime(compressed), inputs_of(expected))
             quantize = compare(expected, unquantized) if unquantized else None
             compress = compress_record(compressed, source)
             artifact = artifact_of(program, lowered, directory)
-            limit = LIMITS[target.capabilities.arithmetic[chosen]]
-            lower = verify_lowered(options.target, artifact, lowered, expected, limit)
+            lower = verify_lowered(options.target, artifact, lowered, expected, gates)
             for name, entry in lower.items():
                 say(f"{name}: {describe(entry)}")
         with stages("publish", str(out)):
@@ -203,9 +213,10 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "target": options.target,
                     "passes": write(passes),
                     "tokens": tokens,
-                    "recipe": chosen,
-                    "native_recipe": native,
-                    "limit": limit,
+                    "recipe": chosen.name,
+                    "quantization": resolved.to_json(),
+                    "calibration": None if statistics is None else statistics.origin.to_json(),
+                    "limits": gates,
                     "prompt": prompt,
                     "methods": {
                         name: {"file": lowered.files[name], **signature_to_json(signature)}

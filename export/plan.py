@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphs import registry
 from graphs.errors import UserError
-from graphs.files import read_json, read_optional_json
-from graphs.model import Request, bounded, choose, locate
+from graphs.files import read_json
+from graphs.model import Request, bounded, choose, locate, read_preprocessor
 from graphs.spec import Architecture, Method
 from graphs.trace import build_fake, count_parameters
-from quant.recipes import recipe
+from quant.recipe import recipe
 
 DEVICES = Path(__file__).with_name("devices.toml")
 
@@ -55,8 +55,7 @@ def planned_architecture(request: Request) -> tuple[str, Architecture]:
         name = directory.resolve().name
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} has no config.json")
-        preprocessor = read_optional_json(directory, "preprocessor_config.json")
-        architecture = model.from_config(read_json(directory / "config.json"), preprocessor)
+        architecture = model.from_config(read_json(directory / "config.json"), read_preprocessor(directory))
     return name, bounded(architecture, request)
 
 
@@ -77,7 +76,8 @@ def weight_bytes(module: nn.Module, width: int) -> int:
 def plan(request: Request, prompt_tokens: int, recipe_name: str | None) -> dict[str, Any]:
     """Everything `vlmx plan` prints, as data."""
     chosen = recipe(recipe_name or "reference-fp16")
-    width, dtype = chosen.floats.itemsize, "fp32" if chosen.floats == torch.float32 else "fp16"
+    dtype = "fp32" if chosen.floats == "float32" else "fp16"
+    width = 4 if dtype == "fp32" else 2
     name, architecture = planned_architecture(request)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     root = build_fake(architecture, mode)

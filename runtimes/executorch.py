@@ -72,6 +72,7 @@ class ExecuTorchRuntime:
     @classmethod
     def load(cls, artifact: Artifact) -> Self:
         try:
+            import executorch.kernels.quantized  # noqa: F401  # registers the kernels of quantized embeddings
             from executorch.runtime import Runtime, Verification
         except ImportError as error:
             raise Unavailable(f"executorch is not installed: {reason(error)}") from error

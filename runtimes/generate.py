@@ -15,8 +15,8 @@ import numpy as np
 from graphs.errors import UserError
 from runtimes.base import Array, Caller
 
-#: one stretch of a prompt: token ids, or raw pixels [1, 3, H, W] uint8
-Segment = list[int] | np.ndarray[Any, np.dtype[np.uint8]]
+#: one stretch of a prompt: token ids, or what `vision_encoder` takes: raw pixels [1, 3, H, W] uint8, or several arrays
+Segment = list[int] | np.ndarray[Any, np.dtype[np.uint8]] | tuple[Array, ...]
 
 #: logits [V] of the next token to its id
 Sampler = Callable[[Array], int]
@@ -66,7 +66,8 @@ def embed(runtime: Caller, segments: Sequence[Segment]) -> tuple[Array, float, f
         is_text = isinstance(segment, list)
         method = "token_embedding" if is_text else "vision_encoder"
         start = time.perf_counter()
-        parts += runtime.call(method, [np.array([segment], np.int64) if is_text else np.asarray(segment)])
+        given = segment if isinstance(segment, tuple) else (np.array([segment], np.int64) if is_text else segment,)
+        parts += runtime.call(method, [np.asarray(array) for array in given])
         seconds[method] += time.perf_counter() - start
     return np.concatenate(parts, axis=1), seconds["vision_encoder"], seconds["token_embedding"]
 

@@ -6,6 +6,7 @@ works in software that knows nothing of vlmx.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from importlib.machinery import PathFinder
@@ -40,6 +41,7 @@ def bindings() -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, found.origin)
         assert spec is not None
         assert spec.loader is not None
+        importlib.import_module("executorch.kernels.quantized")  # linked by the stock apps: quantized embeddings
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]

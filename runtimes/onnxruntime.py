@@ -39,7 +39,7 @@ class Session:
     def reset(self) -> None:
         from onnxruntime import OrtValue
 
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         for node in self.session.get_inputs():
             if node.name in self.state:
                 first, second = (

@@ -8,15 +8,18 @@ from typing import Any
 
 from PIL import Image
 
+from calibration.source import again
 from graphs.compress.base import apply, parse
 from graphs.errors import UserError
 from graphs.model import Request, load_model
 from graphs.preprocess.image import ImageProcessor
 from graphs.preprocess.prompt import ImageSegment, PromptTemplate, segments, tokenize
+from graphs.preprocess.tiling import TilingProcessor
 from graphs.preprocess.tokenizer import Tokenizer, load_tokenizer
 from graphs.program import Program
 from graphs.trace import trace
-from quant.recipes import recipe
+from quant.apply import Quantization
+from quant.resolve import Resolved
 from runtimes.base import Runtime, Unavailable, load_runtime
 from runtimes.eager import EagerRuntime
 from runtimes.generate import Generation, Sampler, Segment, generate, greedy
@@ -34,8 +37,11 @@ def rebuild(bundle: Bundle) -> Program:
     model = load_model(request)
     passes = parse(str(bundle.manifest.get("passes", "")))
     program = apply(passes, trace(model.architecture, model.weights))
-    native = bundle.manifest.get("native_recipe", False)  # then the graph that was lowered is the unquantized one
-    return program if native else recipe(bundle.manifest["recipe"]).apply(program)
+    resolved = Resolved.from_json(bundle.manifest["quantization"], program)
+    statistics = None
+    if resolved.needs_statistics:
+        statistics = again(model, program, bundle.manifest["calibration"], resolved.needs_hessians)
+    return Quantization(resolved, statistics).apply(program)
 
 
 def open_runtime(bundle: Bundle, name: str | None = None) -> Runtime:
@@ -50,9 +56,15 @@ def open_runtime(bundle: Bundle, name: str | None = None) -> Runtime:
         raise UserError(f"{bundle.target} cannot run on this machine: {why}; try --runtime eager") from why
 
 
-def tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON lists as the tuples that they were."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def tuples(value: Any) -> Any:
+    """JSON lists as the tuples that they were, all the way down."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
+def processor_from_json(record: dict[str, Any]) -> ImageProcessor | TilingProcessor:
+    """The inverse of `asdict` of a processor; only one that tiles has resolutions to choose from."""
+    fields = {key: tuples(value) for key, value in record.items()}
+    return TilingProcessor(**fields) if "pinpoints" in fields else ImageProcessor(**fields)
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Session:
     runtime: Runtime
     tokenizer: Tokenizer
     template: PromptTemplate
-    processor: ImageProcessor | None
+    processor: ImageProcessor | TilingProcessor | None
     context: int
 
     @classmethod
@@ -78,7 +90,7 @@ class Session:
             open_runtime(bundle, runtime),
             tokenizer,
             PromptTemplate(**prompt["template"]),
-            ImageProcessor(**tuples(prompt["image"])) if prompt["image"] else None,
+            processor_from_json(prompt["image"]) if prompt["image"] else None,
             prompt["context"],
         )
 

@@ -78,19 +78,21 @@ class MethodEngine:
         carried = {*state, *state.values()}
         self._inputs = [name for name in inputs if name not in carried]
         self._outputs = [name for name in names if name not in inputs and name not in carried]
-        self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        given = (*self._inputs, *self._outputs)  # state may be in types that numpy lacks (bfloat16)
+        self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in given}
         self._contexts: dict[int, Any] = {}
-        self._buffers = {name: Buffer(memory) for name in (*self._inputs, *self._outputs)}
+        self._buffers = {name: Buffer(memory) for name in given}
         self._caches = {name: [Buffer(memory), Buffer(memory)] for name in state}
         self.reset()
 
-    def _size(self, name: str, shape: Shape) -> int:
-        return prod(shape) * self._dtypes[name].itemsize
+    def _size(self, name: str) -> int:
+        """The bytes of a state."""
+        return prod(self._engine.get_tensor_shape(name)) * int(self._engine.get_tensor_dtype(name).itemsize)
 
     def reset(self) -> None:
         self._memory.activate()
         for past, buffers in self._caches.items():
-            size = self._size(past, tuple(self._engine.get_tensor_shape(past)))
+            size = self._size(past)
             for buffer in buffers:
                 buffer.of(size)
             self._memory.zero(buffers[0].of(size), size)
@@ -141,7 +143,7 @@ class MethodEngine:
                 raise ValueError(f"TensorRT refused the shape {array.shape} for '{name}'")
             context.set_tensor_address(name, address)
         for past, present in self._state.items():
-            size = self._size(past, tuple(self._engine.get_tensor_shape(past)))
+            size = self._size(past)
             reading, writing = self._caches[past]
             context.set_tensor_address(past, reading.of(size))
             context.set_tensor_address(present, writing.of(size))

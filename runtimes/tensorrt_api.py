@@ -9,13 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Library:
-    """One of them; `module` is what Python imports, `engines` says where the engines that it builds run."""
+    """One of them; `module` is what Python imports, `engines` says where the engines that it builds run.
+
+    `specializes`: whether kernels are compiled for the very shapes that are met when an engine runs; then one profile
+    serves prefill and decode. Each further profile would add a copy of most weights to the engine.
+    """
 
     name: str
     title: str
     module: str
     install: str
     builds_without_gpu: bool
+    specializes: bool
     engines: str
 
     def load(self) -> Any | None:
@@ -36,6 +41,7 @@ LIBRARIES: dict[str, Library] = {
             module="tensorrt",
             install="pip install 'vlmx[tensorrt]'",
             builds_without_gpu=False,
+            specializes=False,
             engines="GPUs of the kind that it was built on",
         ),
         Library(
@@ -44,6 +50,7 @@ LIBRARIES: dict[str, Library] = {
             module="tensorrt_rtx",
             install="pip install tensorrt-rtx-cu13",
             builds_without_gpu=True,
+            specializes=True,
             engines="NVIDIA GPUs of compute capability 8.0, 8.6, 8.9, 12.0 and later",
         ),
     )

@@ -11,25 +11,35 @@ from typing import Any, Protocol
 from graphs.errors import UserError, nearest
 from graphs.program import Program
 
-#: relative L2 error of a lowered method, by the arithmetic it runs in, above which an export fails
-LIMITS = {"fp32": 1e-4, "fp16": 1e-2}
+#: relative L2 error of a lowered method above which an export fails: by its floats, or for any quantized program
+LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "quantized": 1e-2}
 
 
 @dataclass(frozen=True)
 class Capabilities:
     """What a target takes, as data."""
 
-    recipes: tuple[str, ...]  # recipe names it lowers, the default first
-    arithmetic: Mapping[str, str]  # recipe -> the arithmetic it runs in, a key of `LIMITS`
     runs_on: str  # in words, for tables
-    native: frozenset[str] = frozenset()  # recipes that the target's own converter applies to the float32 program
+    floats: tuple[str, ...]  # what unquantized numbers may be kept in, the native one first
+    schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # kind of layer -> schemes it has kernels for
+    kv_cache: tuple[str, ...] = ("float",)  # what keys and values may be kept in
+    default_recipe: str = "reference-fp32"
+    symmetric: bool = False  # whether static ranges of activations must lie around zero
+    native: frozenset[str] = frozenset()  # floats that the target's own converter casts a float32 program to
+    gates: Mapping[str, float] = field(default_factory=dict)  # of its own for some floats, where above `LIMITS`
+
+    def limit(self, floats: str, quantized: bool) -> float:
+        """The gate for a program kept in `floats`."""
+        kind = "quantized" if quantized else floats
+        return max(self.gates.get(floats, 0.0), LIMITS[kind])
 
 
 @dataclass(frozen=True)
 class LowerOptions:
     """What the pipeline tells a target; `progress` takes one line at a time, `extra` the target's own options."""
 
-    recipe: str
+    floats: str  # what the recipe keeps unquantized numbers in
+    limits: Mapping[str, float]  # of each method's `lower` error
     metadata: Mapping[str, Any] = field(default_factory=dict)  # context, eos ids, visual tokens, ... for stock clients
     extra: Mapping[str, str] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None

@@ -153,3 +153,8 @@ def operators(model: Any) -> dict[str, int]:
                 if operation.type != "const":
                     counts[operation.type] = counts.get(operation.type, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of a package's weights, as they lie there."""
+    return sum(file.stat().st_size for file in path.rglob("weight.bin"))

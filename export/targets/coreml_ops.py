@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from export.targets import coreml_quant
+
 
 def index_copy(context: Any, node: Any) -> None:
     """`source` written into `x` at consecutive positions along `dim`, as one `slice_update` from the first position.
@@ -92,6 +94,8 @@ def originals() -> dict[str, Any]:
     """
     from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY, register_torch_op
 
+    for name, converter in coreml_quant.CONVERTERS.items():
+        _TORCH_OPS_REGISTRY.set_func_by_name(converter, name)
     had = {name: _TORCH_OPS_REGISTRY.get_func(name) for name in CONVERTERS}
     for name, converter in CONVERTERS.items():
         overloads = ["where.scalarself", "where.scalarother"] if name == "where" else []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from export.layouts.executorch import constant_methods
-from export.targets import executorch_graph
+from export.targets import executorch_graph, executorch_kernels, executorch_quant
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from graphs.errors import UserError, nearest
 from graphs.program import Program
@@ -35,14 +35,19 @@ class ExecuTorchTarget:
 
     name = "executorch"
     capabilities = Capabilities(
-        recipes=("reference-fp32",),
-        arithmetic={"reference-fp32": "fp32"},
         runs_on="CPUs of phones, boards and desktops, through XNNPACK",
+        floats=("float32",),
+        schemes={
+            "linear": ("w8a8t", "w4a8t", "w4g32a8t", "w4g64a8t", "w4g128a8t", "w8a8o"),
+            "conv": ("w8a8o",),
+            "embedding": ("w8", "w4", "w8g32", "w4g32"),
+        },
+        kv_cache=("float", "int8"),
     )
 
     def legalize(self, program: Program) -> Program:
-        """Attention, norms and reshapes in the forms that XNNPACK takes."""
-        return executorch_graph.legalize(program)
+        """Quantization, attention, norms and reshapes in the forms that XNNPACK takes."""
+        return executorch_graph.legalize(executorch_quant.translate(program))
 
     def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
         """Raises UserError where `extra["delegate"]` is none of `DELEGATES`."""
@@ -64,11 +69,13 @@ def write(program: Program, path: Path, partitioner: Any, options: LowerOptions)
     from executorch.exir.delegate import executorch_call_delegate
 
     options.progress(f"lowering {', '.join(program)}")
+    executorch_quant.decomposed()  # their kernels must be known where operators get their outputs planned
     edge = to_edge_transform_and_lower(
         {method: program.exported(method) for method in program},
         partitioner=[partitioner],
         constant_methods=constant_methods(program.methods, options.metadata),
     )
+    kernels = {method: executorch_kernels.kernels(edge.exported_program(method).graph_module) for method in program}
     options.progress("planning memory")
     # Reinplacing writes new rows into the cache itself, not into a copy of it; names let a runtime find and zero it.
     planned = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True, emit_mutable_buffer_names=True))
@@ -76,7 +83,10 @@ def write(program: Program, path: Path, partitioner: Any, options: LowerOptions)
     with path.open("wb") as file:
         planned.write_to_file(file)
     return {
-        method: executorch_graph.operators(planned.exported_program(method).graph, executorch_call_delegate)
+        method: {
+            **executorch_graph.operators(planned.exported_program(method).graph, executorch_call_delegate),
+            "kernels": kernels[method],
+        }
         for method in program
     }
 

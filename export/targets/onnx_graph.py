@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,19 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
 
 from export.targets.onnx_ops import TRANSLATIONS
+from export.targets.onnx_qdq import standardize
+from export.targets.onnx_quant_ops import QUANT_TRANSLATIONS
+from export.targets.onnx_weights import entry, is_weight, turn
 from graphs.program import Program, Signature
 
 #: the first with blocked int4 Q/DQ, and with `Gelu`; later ones make ONNX Runtime no faster, TensorRT parses them all
 OPSET = 21
+
+#: a change of the graph in place
+Fusion = Callable[[ir.Model], None]
 
 #: constants of at most this many elements are stored once; weights are larger and keep their names
 SHARED_SIZE = 16
@@ -34,9 +39,11 @@ SHARED_SIZE = 16
 INLINE_BYTES = 1024
 
 
-def emit(program: Program, method: str, opset: int = OPSET) -> ir.Model:
+def emit(program: Program, method: str, fusions: Sequence[Fusion] = (), opset: int = OPSET) -> ir.Model:
     """The ONNX model of one method, named as its signature says, its weights still unread.
 
+    `fusions` put a target's own operators where quantized weights and activations (nodes of the domain `vlmx`, see
+    `onnx_quant_ops`) allow them; what they leave becomes standard ONNX.
     The method must own no state (`state_io.explicit_state`).
     """
     traced = program.methods[method]
@@ -52,7 +59,7 @@ def emit(program: Program, method: str, opset: int = OPSET) -> ir.Model:
                 input_names=[spec.name for spec in signature.inputs],
                 output_names=[spec.name for spec in signature.outputs],
                 opset_version=opset,
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table={**TRANSLATIONS, **QUANT_TRANSLATIONS},
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -63,7 +70,11 @@ def emit(program: Program, method: str, opset: int = OPSET) -> ir.Model:
     model: ir.Model = exported.model
     model.graph.name = method
     attach_weights(model, program, method)
-    fold_transposes(model, program, method)
+    for fuse in fusions:
+        fuse(model)
+    common.RemoveUnusedNodesPass()(model)
+    standardize(model)
+    fold_transposes(model)
     simplify(model)
     name_dims(model, signature)
     strip_metadata(model)
@@ -76,34 +87,18 @@ def attach_weights(model: ir.Model, program: Program, method: str) -> None:
     for name, value in model.graph.initializers.items():
         if name in entries and value.const_value is not None:
             shape = ir.Shape(tuple(entries[name].shape))
-            value.const_value = lazy(program, method, name, value.const_value.dtype, shape)
+            value.const_value = entry(program, method, name, value.const_value.dtype, shape)
 
 
-def lazy(
-    program: Program, method: str, entry: str, dtype: ir.DataType, shape: ir.Shape, transposed: bool = False
-) -> ir.LazyTensor:
-    """A tensor that is read from the program each time it is asked for, and kept by nobody."""
-
-    def read() -> ir.TensorProtocol:
-        tensor = program.tensor(method, entry).detach()
-        copy = (tensor.T if transposed else tensor).clone(memory_format=torch.contiguous_format)
-        program.release(method, entry)
-        return TorchTensor(copy, name=entry)
-
-    return ir.LazyTensor(read, dtype=dtype, shape=shape, name=entry)
-
-
-def fold_transposes(model: ir.Model, program: Program, method: str) -> None:
+def fold_transposes(model: ir.Model) -> None:
     """Store a matrix that the graph uses only transposed as its transpose: it is turned when it is written."""
-    for name, value in model.graph.initializers.items():
-        users = [usage.node for usage in value.uses()]
-        tensor = value.const_value
-        if not isinstance(tensor, ir.LazyTensor) or len(tensor.shape) != 2:
+    for value in list(model.graph.initializers.values()):
+        users = value.consumers()
+        if not is_weight(value) or len(value.shape or ()) != 2 or not users:
             continue
-        if not users or any(node.op_type != "Transpose" for node in users):
+        if any(node.op_type != "Transpose" for node in users):
             continue
-        turned = ir.Shape(tuple(reversed(tensor.shape)))
-        value.const_value, value.shape = lazy(program, method, name, tensor.dtype, turned, transposed=True), turned
+        turn(value)
         for node in users:
             ir.convenience.replace_all_uses_with(node.outputs[0], value)
             model.graph.remove(node, safe=True)

@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import onnx
 
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, in_place, operators, write
+from export.targets.ort_activations import fuse_integer, unsigned_activations
+from export.targets.ort_embedding import fuse_embedding
+from export.targets.ort_linear import fuse_linear
 from export.targets.state_io import explicit_state, state_pairs
+from graphs.errors import GateError
+from graphs.files import reason
 from graphs.program import Program
+
+GROUPS = tuple(f"g{group}" for group in (16, 32, 64, 128, 256))
+FORMS = [f"w{bits}{{}}{zero}" for bits in (4, 8, 3) for zero in ("", "z")]
+#: MatMulIntegerToFloat; MatMulNBits in int8; the same in float
+LINEAR = (
+    "w8a8",
+    "w8a8o",
+    *(form.format(group) + "a8b" for form in FORMS for group in GROUPS),
+    *(form.format(group) for form in FORMS for group in ("", *GROUPS)),
+)
+#: rows of int8 gathered by the standard's operators, of 4 bits by GatherBlockQuantized
+EMBEDDING = tuple(f"w{bits}{group}" for bits in (8, 4, 3) for group in ("", *GROUPS))
+
+#: ONNX Runtime's own operators and number formats for quantized layers
+FUSIONS = (unsigned_activations, fuse_integer, fuse_linear, fuse_embedding)
+
+
+#: larger graphs are not optimized only to be counted: it would hold their weights in memory
+MAX_COUNTED_BYTES = 2 << 30
+
+
+def optimized_operators(path: Path) -> dict[str, int] | None:
+    """What a session of default options makes of a graph: the operators that its CPU kernels then run.
+
+    None where the graph's weights are too large to be loaded for this.
+    """
+    import onnxruntime
+
+    data = path.with_name(f"{path.name}.data")
+    if data.exists() and data.stat().st_size > MAX_COUNTED_BYTES:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    with TemporaryDirectory(prefix=".optimized-", dir=path.parent) as scratch:
+        written = Path(scratch) / path.name
+        options.optimized_model_filepath = str(written)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}.data")
+        try:
+            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its error types share no public base class
+            raise GateError(f"{path.name}: ONNX Runtime cannot load it: {reason(error)}") from error
+        graph = onnx.load(written, load_external_data=False).graph
+    return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
 class OnnxRuntimeTarget:
@@ -17,8 +70,9 @@ class OnnxRuntimeTarget:
 
     name = "onnxruntime"
     capabilities = Capabilities(
-        recipes=("reference-fp32", "reference-fp16"),
-        arithmetic={"reference-fp32": "fp32", "reference-fp16": "fp16"},
+        floats=("float32", "float16"),
+        schemes={"linear": LINEAR, "conv": ("w8a8o", "w8"), "embedding": EMBEDDING},
+        kv_cache=("float", "int8"),
         runs_on="CPUs; through ONNX Runtime's execution providers also GPUs and NPUs",
     )
 
@@ -31,7 +85,7 @@ class OnnxRuntimeTarget:
         details: dict[str, Any] = {"opset": OPSET, "methods": {}}
         for method, traced in program.methods.items():
             options.progress(f"{method}: translating to ONNX")
-            model = emit(program, method)
+            model = emit(program, method, FUSIONS)
             files[method] = f"{method}.onnx"
             counts = operators(model)
             options.progress(f"{method}: writing {files[method]}, {sum(counts.values())} nodes")
@@ -42,6 +96,7 @@ class OnnxRuntimeTarget:
                 "in_place": in_place(model, pairs),
                 "nodes": sum(counts.values()),
                 "operators": counts,
+                "optimized_operators": optimized_operators(directory / files[method]),
             }
         versions = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
         return Lowered(files, details, versions)

@@ -7,11 +7,12 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-from export.targets.base import LIMITS, Capabilities, Lowered, LowerOptions
+from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, operators, write
 from export.targets.onnx_reference import evaluate
 from export.targets.state_io import explicit_state, state_pairs
 from export.targets.trt_engine import HEADER_BYTES, build_engine, choose_builder, profiles_of
+from export.targets.trt_graph import dequantize_tables, plain_bfloat16
 from graphs.program import Program
 
 
@@ -20,14 +21,20 @@ class TensorRTTarget:
 
     name = "tensorrt"
     capabilities = Capabilities(
-        recipes=("reference-fp32", "reference-fp16"),
-        arithmetic={"reference-fp32": "fp32", "reference-fp16": "fp16"},
         runs_on="NVIDIA GPUs",
+        floats=("float16", "bfloat16", "float32"),
+        schemes={
+            "linear": ("w8a8", "w8a8o", "f8af8", "w4g32", "w4g64", "w4g128", "w4", "w8", "w8g128", "f8"),
+            "conv": ("w8a8", "f8af8"),
+            "embedding": ("w8", "w4g32", "w4g64", "w4g128"),
+        },
+        symmetric=True,
+        gates={"bfloat16": 5e-2},
     )
 
     def legalize(self, program: Program) -> Program:
         """The same methods with their caches as inputs and outputs: an engine keeps no state."""
-        return explicit_state(program)
+        return explicit_state(plain_bfloat16(program))
 
     def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
         """Evaluate each method's ONNX, then build its engine.
@@ -36,19 +43,18 @@ class TensorRTTarget:
         """
         library, trt = choose_builder(options.extra.get("builder", "auto"))
         version = f"{library.title} {trt.__version__}"
-        limit = LIMITS[self.capabilities.arithmetic[options.recipe]]
         files: dict[str, str] = {}
         methods: dict[str, Any] = {}
         checked: dict[str, str] = {}
         with TemporaryDirectory(prefix=".onnx-", dir=directory) as scratch:
             for method, traced in program.methods.items():
                 options.progress(f"{method}: translating to ONNX")
-                model = emit(program, method)
+                model = emit(program, method, fusions=(dequantize_tables,))
                 path = Path(scratch) / f"{method}.onnx"
                 write(model, path)
                 options.progress(f"{method}: evaluating the ONNX with onnxruntime")
-                finding = evaluate(program, method, path, limit)
-                profiles = profiles_of(traced.signature)
+                finding = evaluate(program, method, path, options.limits[method])
+                profiles = profiles_of(traced.signature, library)
                 options.progress(f"{method}: {version} builds the engine")
                 start = perf_counter()
                 engine = build_engine(library, trt, path, traced.signature, profiles, options.progress)
@@ -64,6 +70,7 @@ class TensorRTTarget:
                     "profiles": [{"name": p.name, "sizes": p.sizes} for p in profiles],
                     "operators": operators(model),
                     "layers": engine.layers,
+                    "quantized_layers": engine.arithmetic,
                     "warnings": engine.warnings,
                     "bytes": engine.data.nbytes,
                     "header": bytes(engine.data[:HEADER_BYTES]).hex(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ TYPICAL_LENGTH = 128
 #: memory that one layer may use for intermediate results
 WORKSPACE_BYTES = 1 << 30
 
+#: layers whose operands tell what a network computes in, and how many of their inputs are operands
+READ = {"MATRIX_MULTIPLY": 2, "CONVOLUTION": 2, "GATHER": 1}
+
 #: bytes at the start of an engine that its runtime compares: the magic word and the version
 HEADER_BYTES = 16
 
@@ -37,16 +41,17 @@ class Profile:
         return tuple(size if isinstance(size, int) else self.sizes[size.name][which] for size in shape)
 
 
-def profiles_of(signature: Signature) -> tuple[Profile, ...]:
-    """`prefill`, over the whole range, and `decode`, one step at a time; none where every size is fixed."""
+def profiles_of(signature: Signature, library: Library) -> tuple[Profile, ...]:
+    """The whole range, and `decode`, one step at a time, if `library` makes its kernels when it builds; none where
+    every size is fixed."""
     dims = {dim.name: dim for spec in signature.inputs for dim in spec.dims}
     if not dims:
         return ()
     typical = {name: max(dim.min, min(dim.max, TYPICAL_LENGTH)) for name, dim in dims.items()}
-    return (
-        Profile("prefill", {name: (dim.min, typical[name], dim.max) for name, dim in dims.items()}),
-        Profile("decode", {name: (dim.min, dim.min, dim.min) for name, dim in dims.items()}),
-    )
+    whole = {name: (dim.min, typical[name], dim.max) for name, dim in dims.items()}
+    if library.specializes:
+        return (Profile("all", whole),)
+    return Profile("prefill", whole), Profile("decode", {name: (dim.min,) * 3 for name, dim in dims.items()})
 
 
 def choose_builder(name: str) -> tuple[Library, Any]:
@@ -72,10 +77,12 @@ def choose_builder(name: str) -> tuple[Library, Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a build made: the serialized engine, how many layers its network had, and what the library warned of."""
+    """What a build made: the serialized engine, how many layers its network had, what the library warned of, and how
+    many products read numbers of which dtypes (`arithmetic`)."""
 
     data: memoryview = field(repr=False)
     layers: int
+    arithmetic: dict[str, int]
     warnings: list[str]
 
 
@@ -108,7 +115,36 @@ def build_engine(
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise GateError(f"{library.title} cannot build {path.name}: {'; '.join(logger.errors) or 'no reason given'}")
-    return Engine(memoryview(serialized), network.num_layers, list(logger.warnings))
+    return Engine(memoryview(serialized), network.num_layers, arithmetic(trt, network), list(logger.warnings))
+
+
+def arithmetic(trt: Any, network: Any) -> dict[str, int]:
+    """How many matrix products, convolutions and gathers of a parsed network read numbers of which dtypes.
+
+    `matrix_multiply int8 x int4`: activations of int8, weights of int4. What a dequantize layer makes counts as what it
+    reads, as the library fuses it into its reader; a layer that holds its weights itself names one dtype.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    makers = {layer.get_output(n).name: layer for layer in layers for n in range(layer.num_outputs)}
+
+    def kept_as(tensor: Any) -> str:
+        maker = makers.get(tensor.name)
+        while maker is not None and maker.type in (trt.LayerType.SHUFFLE, trt.LayerType.IDENTITY):
+            tensor = maker.get_input(0)
+            maker = makers.get(tensor.name)
+        if maker is not None and maker.type == trt.LayerType.DEQUANTIZE:
+            tensor = maker.get_input(0)
+        return str(tensor.dtype.name).lower()
+
+    kinds = {getattr(trt.LayerType, name): count for name, count in READ.items()}
+    return dict(
+        Counter(
+            f"{layer.type.name.lower()} {' x '.join(kept_as(layer.get_input(n)) for n in range(inputs))}"
+            for layer in layers
+            for inputs in [min(kinds.get(layer.type, 0), layer.num_inputs)]
+            if inputs
+        ).most_common()
+    )
 
 
 def phase_reporter(trt: Any, progress: Progress) -> Any:

@@ -18,6 +18,7 @@ from export.check import verify_bundle
 from export.cli import main
 from export.pipeline import ExportOptions, export
 from export.stages import silent
+from export.targets.base import LIMITS
 from export.verify import Call, gate, relative_l2
 from graphs.errors import GateError, UserError
 from graphs.model import Request
@@ -55,7 +56,7 @@ def test_the_manifest_tells_all(bundle: Path) -> None:
         assert entry["lower"]["executed"] is True
         assert 0 <= entry["lower"]["relative_l2"] <= entry["lower"]["limit"] == 1e-4
     stages = {stage["name"]: stage for stage in manifest["stages"]}
-    assert {"load", "trace", "compress", "quantize", "lower", "verify"} == set(stages)
+    assert {"load", "trace", "compress", "calibrate", "quantize", "lower", "verify"} == set(stages)
     assert all(stage["peak_rss_bytes"] > 50 << 20 for stage in stages.values())
 
 
@@ -109,7 +110,7 @@ def test_verify_finds_wrong_numbers_behind_right_hashes(bundle: Path, tmp_path: 
             "outside the bundle",
         ),
         ("methods", [], "damaged"),
-        ("limit", 5.0, "limit"),
+        ("limits", {"text_decoder": 5.0}, "limit"),
     ],
 )
 def test_a_hostile_manifest_is_refused(bundle: Path, tmp_path: Path, key: str, value: Any, words: str) -> None:
@@ -120,7 +121,7 @@ def test_a_hostile_manifest_is_refused(bundle: Path, tmp_path: Path, key: str, v
 
 
 def test_a_gate_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.pipeline.LIMITS", {"fp32": 1e-12})
+    monkeypatch.setitem(LIMITS, "float32", 1e-12)
     with pytest.raises(GateError, match="onnxruntime does not compute the model"):
         export(ExportOptions(TINY, "onnxruntime", out=tmp_path / "new" / "b"), silent)
     assert os.listdir(tmp_path) == []
@@ -132,7 +133,7 @@ def test_the_gate_sees_shapes_and_infinities() -> None:
     assert relative_l2(more, ones) == float("inf")
     assert relative_l2([np.array([[1, np.nan]], np.float32)], ones) == float("inf")
     assert relative_l2([ones[0] * 1.5], ones) == pytest.approx(0.5)
-    entry = gate({"m": [Call([], more)]}, {"m": [Call([], ones)]}, 1e-4, "x")["m"]
+    entry = gate({"m": [Call([], more)]}, {"m": [Call([], ones)]}, {"m": 1e-4}, "x")["m"]
     assert entry["passed"] is False
 
 

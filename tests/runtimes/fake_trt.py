@@ -20,10 +20,10 @@ __version__ = "0.0"
 
 PROFILES = ((1, 7, 64), (1, 1, 1))
 DTYPES: dict[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(uint8)": np.uint8,
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(uint8)": np.dtype(np.uint8),
 }
 
 

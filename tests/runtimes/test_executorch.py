@@ -26,7 +26,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     program = tiny_program("tiny")
     decoder = replace(program, methods={"text_decoder": program.methods["text_decoder"]})
     directory = tmp_path_factory.mktemp("decoder")
-    made = TARGET.lower(TARGET.legalize(decoder), directory, LowerOptions("reference-fp32"))
+    made = TARGET.lower(TARGET.legalize(decoder), directory, LowerOptions("float32", dict.fromkeys(program, 1e-4)))
     signature = {"text_decoder": program.methods["text_decoder"].signature}
     return Artifact(directory, signature, made.files, made.details)
 

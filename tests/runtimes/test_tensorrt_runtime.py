@@ -25,9 +25,9 @@ from tests.runtimes import fake_trt
 from tests.tiny import tiny_program
 
 
-def pretend(recipe: str, directory: Path, wanted: Sequence[str]) -> Artifact:
+def pretend(floats: str, directory: Path, wanted: Sequence[str]) -> Artifact:
     """An artefact whose engine files are ONNX files."""
-    program = tiny_program("tiny", recipe)
+    program = tiny_program("tiny", floats)
     explicit = explicit_state(program)
     files, methods = {}, {}
     for method in wanted:
@@ -43,7 +43,7 @@ def pretend(recipe: str, directory: Path, wanted: Sequence[str]) -> Artifact:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return pretend("reference-fp32", tmp_path_factory.mktemp("fp32"), list(tiny_program("tiny")))
+    return pretend("float32", tmp_path_factory.mktemp("fp32"), list(tiny_program("tiny")))
 
 
 def engine_of(runtime: TensorRTRuntime, method: str) -> fake_trt.Engine:
@@ -60,7 +60,7 @@ def test_numbers_profiles_and_caches(artifact: Artifact) -> None:
     expected = record(EagerRuntime(program), inputs)
     for _ in range(2):  # the second time after a reset, over caches that were used
         errors = compare(record(runtime, inputs), expected)
-        assert all(error["relative_l2"] <= LIMITS["fp32"] for error in errors.values()), errors
+        assert all(error["relative_l2"] <= LIMITS["float32"] for error in errors.values()), errors
     runs = engine_of(runtime, "text_decoder").runs
     assert [profile for profile, _ in runs] == [0, 1, 1, 1] * 2
     assert engine_of(runtime, "vision_encoder").profiles_in_use == [0]
@@ -71,13 +71,13 @@ def test_numbers_profiles_and_caches(artifact: Artifact) -> None:
 
 
 def test_half_precision_caches(tmp_path: Path) -> None:
-    artifact = pretend("reference-fp16", tmp_path, ["text_decoder"])
-    program = tiny_program("tiny", "reference-fp16")
+    artifact = pretend("float16", tmp_path, ["text_decoder"])
+    program = tiny_program("tiny", "float16")
     inputs = {"text_decoder": seeded_inputs(program_signatures(program))["text_decoder"]}
     actual = record(TensorRTRuntime(fake_trt, fake_trt.HostMemory(), artifact), inputs)
     assert actual["text_decoder"][0].outputs[0].dtype == np.float32
     errors = compare(actual, record(EagerRuntime(program), inputs))
-    assert errors["text_decoder"]["relative_l2"] <= LIMITS["fp16"]
+    assert errors["text_decoder"]["relative_l2"] <= LIMITS["float16"]
 
 
 def test_memory_is_given_back(artifact: Artifact) -> None:

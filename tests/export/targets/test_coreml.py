@@ -45,27 +45,28 @@ class Export:
         return CoreMLRuntime.load(Artifact(self.directory, signatures, self.lowered.files, self.lowered.details))
 
 
-def lower(program: Program, recipe: str, directory: Path) -> Export:
+def lower(program: Program, floats: str, directory: Path) -> Export:
     lines: list[str] = []
-    lowered = TARGET.lower(TARGET.legalize(program), directory, LowerOptions(recipe, FACTS, progress=lines.append))
+    options = LowerOptions(floats, dict.fromkeys(program, 1e-2), FACTS, progress=lines.append)
+    lowered = TARGET.lower(TARGET.legalize(program), directory, options)
     return Export(program, directory, lowered, lines)
 
 
 @pytest.fixture(scope="module")
 def v1(tmp_path_factory) -> Export:
-    return lower(traced("tiny"), "reference-fp16", tmp_path_factory.mktemp("v1"))
+    return lower(traced("tiny"), "float16", tmp_path_factory.mktemp("v1"))
 
 
 @pytest.fixture(scope="module")
 def v2(tmp_path_factory) -> Export:
     vision = traced("tiny-v2")
     program = Program({"vision_encoder": vision.methods["vision_encoder"]}, vision.weights, vision.constants)
-    return lower(program, "reference-fp16", tmp_path_factory.mktemp("v2"))
+    return lower(program, "float16", tmp_path_factory.mktemp("v2"))
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Export:
-    return lower(traced("tiny"), "reference-fp32", tmp_path_factory.mktemp("single"))
+    return lower(traced("tiny"), "float32", tmp_path_factory.mktemp("single"))
 
 
 def errors(export: Export) -> dict[str, float]:
@@ -91,7 +92,7 @@ def test_single_precision_is_exact_but_for_the_fp16_cache(single):
     assert 1e-5 < found["text_decoder"] < 1e-3
     details = single.lowered.details["methods"]
     assert (details["text_decoder"]["precision"], details["text_decoder"]["state_precision"]) == ("fp32", "fp16")
-    assert set(TARGET.capabilities.arithmetic.values()) == {"fp16"}
+    assert {TARGET.capabilities.limit(floats, False) for floats in TARGET.capabilities.floats} == {1e-2}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_the_directory_holds_the_packages_and_nothing_else(v1):
 def test_the_same_program_gives_the_same_bytes_silently(v1, tmp_path, capfd):
     before = set(Path(tempfile.gettempdir()).iterdir())
     part = Program({"text_decoder": v1.program.methods["text_decoder"]}, v1.program.weights, v1.program.constants)
-    again = lower(part, "reference-fp16", tmp_path)
+    again = lower(part, "float16", tmp_path)
     assert capfd.readouterr() == ("", "")
     new = set(Path(tempfile.gettempdir()).iterdir()) - before
     assert not [path for path in new if path.suffix == ".mlpackage"]

@@ -23,8 +23,10 @@ from runtimes.eager import EagerRuntime
 from tests.tiny import tiny_program
 
 
-def lowered(program: Program, directory: Path, recipe: str = "reference-fp32") -> Artifact:
-    made = TARGET.lower(TARGET.legalize(program), directory, LowerOptions(recipe))
+def lowered(program: Program, directory: Path, floats: str = "float32") -> Artifact:
+    made = TARGET.lower(
+        TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, LIMITS[floats]))
+    )
     return Artifact(directory, program_signatures(program), made.files, made.details)
 
 
@@ -33,14 +35,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return lowered(tiny_program("tiny"), tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize(("variant", "recipe"), [("tiny-v2", "reference-fp32"), ("tiny", "reference-fp16")])
-def test_numbers(variant: str, recipe: str, tmp_path: Path) -> None:
-    program = tiny_program(variant, recipe)
-    check_numbers(program, lowered(program, tmp_path, recipe), LIMITS[TARGET.capabilities.arithmetic[recipe]])
+@pytest.mark.parametrize(("variant", "floats"), [("tiny-v2", "float32"), ("tiny", "float16")])
+def test_numbers(variant: str, floats: str, tmp_path: Path) -> None:
+    program = tiny_program(variant, floats)
+    check_numbers(program, lowered(program, tmp_path, floats), LIMITS[floats])
 
 
 def test_numbers_and_reset(artifact: Artifact) -> None:
-    check_numbers(tiny_program("tiny"), artifact, LIMITS["fp32"])
+    check_numbers(tiny_program("tiny"), artifact, LIMITS["float32"])
 
 
 def check_numbers(program: Program, artifact: Artifact, limit: float) -> None:

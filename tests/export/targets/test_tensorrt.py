@@ -19,16 +19,22 @@ from graphs.errors import GateError, UserError
 from graphs.program import Program, Signature
 from graphs.spec import Dim, TensorSpec
 from runtimes.cuda import gpu_name
+from runtimes.tensorrt_api import LIBRARIES
 from tests.tiny import tiny_program
 
 METHODS = ("vision_encoder", "token_embedding", "text_decoder")
 
 
-@pytest.mark.parametrize(("variant", "recipe"), [("tiny", "reference-fp32"), ("tiny-v2", "reference-fp16")])
-def test_every_engine_is_built(variant: str, recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "floats", "limit"),
+    [("tiny", "float32", 1e-4), ("tiny-v2", "float16", 1e-2), ("tiny", "bfloat16", 5e-2)],
+)
+def test_every_engine_is_built(variant: str, floats: str, limit: float, tmp_path: Path) -> None:
     lines: list[str] = []
-    program = TARGET.legalize(tiny_program(variant, recipe))
-    options = LowerOptions(recipe, extra={"builder": "tensorrt-rtx"}, progress=lines.append)
+    program = TARGET.legalize(tiny_program(variant, floats))
+    options = LowerOptions(
+        floats, dict.fromkeys(program, limit), extra={"builder": "tensorrt-rtx"}, progress=lines.append
+    )
     made = TARGET.lower(program, tmp_path, options)
     check_engines(made, tmp_path, context={"tiny": 64, "tiny-v2": 192}[variant])
     assert made.details["builder"]["name"] == "tensorrt-rtx"
@@ -52,20 +58,19 @@ def check_engines(made: Lowered, directory: Path, context: int) -> None:
         assert str(directory).encode() not in data
         assert recorded["layers"] > 0
     decoder = made.details["methods"]["text_decoder"]
-    assert [(p["name"], p["sizes"]["sequence"]) for p in decoder["profiles"]] == [
-        ("prefill", (1, min(128, context), context)),
-        ("decode", (1, 1, 1)),
-    ]
+    assert [p["sizes"]["sequence"] for p in decoder["profiles"]] == [(1, min(128, context), context)]
     assert decoder["state"]["past_key_values.0.key"] == "present.0.key"
     assert made.details["methods"]["vision_encoder"]["profiles"] == []
 
 
 def test_profiles() -> None:
     embeds = TensorSpec("x", (1, Dim("sequence", 1, 2048), 8))
-    prefill, decode = profiles_of(Signature((embeds,), ()))
+    prefill, decode = profiles_of(Signature((embeds,), ()), LIBRARIES["tensorrt"])
     assert [prefill.shape(embeds.shape, which) for which in range(3)] == [(1, 1, 8), (1, 128, 8), (1, 2048, 8)]
     assert {decode.shape(embeds.shape, which) for which in range(3)} == {(1, 1, 8)}
-    assert profiles_of(Signature((TensorSpec("x", (1, 8)),), ())) == ()
+    (whole,) = profiles_of(Signature((embeds,), ()), LIBRARIES["tensorrt-rtx"])
+    assert whole.sizes == prefill.sizes
+    assert profiles_of(Signature((TensorSpec("x", (1, 8)),), ()), LIBRARIES["tensorrt"]) == ()
 
 
 def test_builder_choice() -> None:

@@ -1,0 +1,234 @@
+"""Quantized programs in ONNX Runtime: the graph's own numbers, by integer kernels, in the bytes that were promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from export.targets.base import LowerOptions
+from export.targets.onnxruntime import TARGET
+from export.verify import compare, program_signatures, record, seeded_inputs
+from graphs.program import Program, Signature, TracedMethod
+from graphs.rewrite import Opened
+from graphs.spec import Dim, TensorSpec
+from graphs.trace import trace_module
+from quant.insert import Choice, insert
+from quant.kv_cache import Int8Cache
+from quant.layers import layers
+from quant.precision import CastFloats
+from quant.scheme import Scheme, WeightScheme
+from runtimes.base import Artifact, load_runtime
+from runtimes.eager import EagerRuntime
+from tests.tiny import tiny_program
+
+WIDTH, INNER, ROWS = 256, 512, 1024
+HIDDEN = (1, Dim("sequence", 1, 64), WIDTH)
+
+
+class Feed(nn.Module):
+    """Two matrices, the second with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, INNER, bias=False)
+        self.down = nn.Linear(INNER, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(nn.functional.silu(self.up(x)))
+        return out
+
+
+class Patches(nn.Module):
+    """A strided convolution, a depthwise and a pointwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 32, 8, 8), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 64, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class Table(nn.Module):
+    """An embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(ROWS, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.rows(ids)
+        return out
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], TensorSpec, TensorSpec]] = {
+    "linear": (Feed, TensorSpec("x", HIDDEN), TensorSpec("y", HIDDEN)),
+    "conv": (Patches, TensorSpec("x", (1, 3, 64, 64)), TensorSpec("y", (1, 64, 8, 8))),
+    "embedding": (Table, TensorSpec("ids", HIDDEN[:2], torch.int64, "ids", ROWS), TensorSpec("y", HIDDEN)),
+}
+
+
+def network(kind: str) -> Program:
+    """One of the networks with random weights, its method named after it."""
+    make, given, made = NETWORKS[kind]
+    torch.manual_seed(0)
+    weights = dict(make().requires_grad_(False).named_parameters())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        module = make().eval().requires_grad_(False)
+    traced = TracedMethod(Signature((given,), (made,)), trace_module(module, (given,), mode), {n: n for n in weights})
+    return Program({kind: traced}, weights, {})
+
+
+def rounded(weight: Tensor, scheme: WeightScheme) -> dict[str, Tensor]:
+    """Round to nearest; zero points where the scheme has them."""
+    if scheme.kind == "float8":
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        return {"q": (weight / scale).to(torch.float8_e4m3fn), "scale": scale}
+    least, most = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    blocks = weight.unflatten(-1, (-1, scheme.group)) if scheme.group else weight
+    axes = -1 if scheme.group else tuple(range(1, weight.dim()))
+    low, high = blocks.amin(axes, keepdim=True).clamp(max=0), blocks.amax(axes, keepdim=True).clamp(min=0)
+    scale = (high - low) / (most - least) if scheme.asymmetric else torch.maximum(high, -low) / most
+    zero = (least - low / scale).round().clamp(least, most) if scheme.asymmetric else torch.zeros_like(scale)
+    q = ((blocks / scale).round() + zero).clamp(least, most)
+    if scheme.group:
+        q, scale, zero = q.flatten(-2), scale.squeeze(-1), zero.squeeze(-1)
+    parts = {"q": q.to(torch.int8), "scale": scale}
+    return {**parts, "zero_point": zero.to(torch.int8)} if scheme.asymmetric else parts
+
+
+def quantized(program: Program, schemes: dict[str, str], zero_point: int | None = 3, reach: float = 4.0) -> Program:
+    """`program` with every layer of the kinds in `schemes` quantized; activations are taken to lie within `reach`."""
+    zero = None if zero_point is None else torch.tensor(zero_point, dtype=torch.int8)
+
+    def choice(method: str, entry: str, text: str) -> Choice:
+        scheme, name = Scheme.parse(text), program.methods[method].weight_names[entry]
+        range_ = (torch.tensor(reach / 127), zero) if scheme.needs_ranges else None
+        output = range_ if scheme.activations == "a8o" else None
+        return Choice(scheme, name, lambda: rounded(program.value(name), scheme.weights), range_, output)
+
+    return insert(
+        program,
+        {
+            (method, layer.entry): choice(method, layer.entry, schemes[layer.kind])
+            for method in program
+            for layer in layers(Opened.open(program, method))
+            if layer.kind in schemes
+        },
+    )
+
+
+def lowered(program: Program, directory: Path, floats: str = "float32") -> tuple[dict[str, float], dict[str, Any]]:
+    """Errors by method against the graph in eager mode, and the details by method."""
+    made = TARGET.lower(TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, 1e-2)))
+    inputs = seeded_inputs(program_signatures(program), seed=1)
+    artifact = Artifact(directory, program_signatures(program), made.files, {**made.details, "threads": 1})
+    errors = compare(record(load_runtime("onnxruntime", artifact), inputs), record(EagerRuntime(program), inputs))
+    return {method: error["relative_l2"] for method, error in errors.items()}, made.details["methods"]
+
+
+NBITS = (
+    "w4g32",
+    "w3g64",
+    "w4g16z",
+    "w8g128",
+    "w4",
+    "w8z",
+    "w4g32a8b",
+    "w3g32a8b",
+    "w8g256a8b",
+    "w4g64za8b",
+    "w8g16za8b",
+)
+
+
+@pytest.mark.parametrize("text", NBITS)
+def test_blocks(text: str, tmp_path: Path) -> None:
+    scheme = Scheme.parse(text)
+    errors, details = lowered(quantized(network("linear"), {"linear": text}), tmp_path)
+    assert errors["linear"] < 1e-5 if not scheme.activations else errors["linear"] < 1e-3
+    assert details["linear"]["operators"]["MatMulNBits"] == 2
+    assert details["linear"]["optimized_operators"]["MatMulNBits"] == 2
+    assert "DequantizeLinear" not in details["linear"]["operators"]
+    nodes = [n for n in onnx.load(tmp_path / "linear.onnx", load_external_data=False).graph.node if len(n.attribute)]
+    levels = {a.i for n in nodes for a in n.attribute if a.name == "accuracy_level"}
+    assert levels == {4 if scheme.activations == "a8b" else 0}
+    bits = 8 if scheme.weights.bits == 8 else 4
+    group = scheme.weights.group or 256
+    numbers = 2 * WIDTH * INNER
+    promised = numbers * bits / 8 + numbers / group * (4 + (bits / 8 if scheme.weights.asymmetric else 0)) + 4 * WIDTH
+    assert promised <= sum(path.stat().st_size for path in tmp_path.iterdir()) <= promised + 8_000
+
+
+@pytest.mark.parametrize("zero_point", [None, -20])
+def test_static(zero_point: int | None, tmp_path: Path) -> None:
+    errors, details = lowered(quantized(network("linear"), {"linear": "w8a8"}, zero_point), tmp_path)
+    assert errors["linear"] < 1e-3
+    for counts in (details["linear"]["operators"], details["linear"]["optimized_operators"]):
+        assert counts["MatMulIntegerToFloat"] == 2
+        assert counts["QuantizeLinear"] == 2
+        assert not counts.keys() & {"DequantizeLinear", "MatMul", "Gemm"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2 * WIDTH * INNER + 15_000
+
+
+@pytest.mark.parametrize(
+    ("text", "operator", "size"),
+    [
+        ("w8", "Gather", ROWS * WIDTH + ROWS * 4),
+        ("w8g64", "Gather", ROWS * WIDTH * (1 + 4 / 64)),
+        ("w4", "GatherBlockQuantized", ROWS * WIDTH * (0.5 + 4 / 256)),
+        ("w4g32", "GatherBlockQuantized", ROWS * WIDTH * (0.5 + 4 / 32)),
+    ],
+)
+def test_embedding(text: str, operator: str, size: float, tmp_path: Path) -> None:
+    errors, details = lowered(quantized(network("embedding"), {"embedding": text}), tmp_path)
+    assert errors["embedding"] < 1e-6
+    assert operator in details["embedding"]["operators"]
+    assert size <= sum(path.stat().st_size for path in tmp_path.iterdir()) < size + 4_000
+
+
+@pytest.mark.parametrize(("text", "operator"), [("w8", "DequantizeLinear"), ("w8a8o", "QLinearConv")])
+def test_convolution(text: str, operator: str, tmp_path: Path) -> None:
+    errors, details = lowered(quantized(network("conv"), {"conv": text}, reach=2.0), tmp_path)
+    assert errors["conv"] < 1e-2
+    assert details["conv"]["optimized_operators"][operator] == 3
+
+
+@pytest.mark.parametrize("text", ["w8a8", "w4g32a8b", "w4g32"])
+def test_float16(text: str, tmp_path: Path) -> None:
+    program = CastFloats(torch.float16).run(quantized(network("linear"), {"linear": text}))
+    errors, details = lowered(program, tmp_path, "float16")
+    assert errors["linear"] < 1e-2
+    assert {"MatMulIntegerToFloat", "MatMulNBits"} & details["linear"]["operators"].keys()
+
+
+def test_outputs(tmp_path: Path) -> None:
+    errors, details = lowered(quantized(network("linear"), {"linear": "w8a8o"}), tmp_path)
+    assert errors["linear"] < 1e-3
+    assert details["linear"]["optimized_operators"]["MatMulIntegerToFloat"] == 2
+    assert details["linear"]["optimized_operators"]["QuantizeLinear"] == 4
+
+
+def test_decoder_with_integer_cache(tmp_path: Path) -> None:
+    program = tiny_program("tiny")
+    decoder = Program({"text_decoder": program.methods["text_decoder"]}, program.weights, program.constants)
+    errors, details = lowered(Int8Cache().run(quantized(decoder, {"linear": "w4g16a8b"})), tmp_path)
+    assert errors["text_decoder"] < 1e-2
+    found = details["text_decoder"]
+    assert found["operators"]["MatMulNBits"] == found["optimized_operators"]["MatMulNBits"] == 15
+    assert len(found["state"]) == 8
+    assert sorted(found["in_place"]) == sorted(found["state"])
+    graph = onnx.load(tmp_path / "text_decoder.onnx", load_external_data=False).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    assert sum(types[name] == onnx.TensorProto.INT8 for name in found["state"]) == 4
