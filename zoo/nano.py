@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.architectures.mobilevlm import MobileVLM, VisionEncoder
+from graphs.architectures.mobilevlm import MobileVLM
+from graphs.components.image_text import VisionEncoder
 from graphs.components.text.llama import LlamaDecoder
 from graphs.components.vision.clip import ClipVisionTower
 from zoo.packing import COLORS, IGNORED, NAMES, Batch, Encoder, mask, pixels
@@ -46,10 +47,11 @@ class Nano(nn.Module):
         nano.root.load_state_dict(dict(model.weights), strict=False)  # the tables are buffers and computed already
         return nano.eval()
 
-    def see(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw pixels to patch features [B, P, D] and image embeddings [B, M, D]."""
-        patches_BPD = self.vision.tower(self.vision.normalize(pixels_BCHW))
-        return patches_BPD, self.vision.projector(patches_BPD)
+    def see(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw pixels to the class token's state [B, D], patch features [B, P, D] and image embeddings [B, M, D]."""
+        tower = cast(ClipVisionTower, self.vision.tower)
+        states_BTD = tower.states(self.vision.normalize(pixels_BCHW))
+        return states_BTD[:, 0], states_BTD[:, 1:], self.vision.projector(states_BTD[:, 1:])
 
     def read(
         self, image_BMD: Tensor, before: Tensor, ids_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor
@@ -69,7 +71,7 @@ class Nano(nn.Module):
     @torch.no_grad()
     def answers(self, images: Sequence[Image.Image], questions: Sequence[str], encoder: Encoder) -> list[str]:
         """Greedy answers to one question for each image."""
-        _, image_BMD = self.see(torch.stack([pixels(image) for image in images]))
+        *_, image_BMD = self.see(torch.stack([pixels(image) for image in images]))
         rows = [encoder.question(question) for question in questions]
         starts = [len(row) for row in rows]
         before = torch.tensor(encoder.before)
@@ -105,15 +107,18 @@ class Student(nn.Module):
         self.token_color_head = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, len(COLORS)))
         self.token_place_head = nn.Sequential(nn.LayerNorm(tokens), nn.Linear(tokens, PLACES**2))
         self._initialise(architecture.vision.grid)
+        self.class_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(NAMES) + len(COLORS)))
 
-    def losses(self, batch: Batch, before: Tensor, tokens: bool, places: bool) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, before: Tensor, tokens: bool, places: bool, picture: bool) -> dict[str, Tensor]:
         """`answer`: cross entropy of the answers' tokens; `names`, `colors`: of what each patch shows.
 
         With `tokens` also of what each visual token shows, as `token_names` and `token_colors`; with `places` also of
-        where in the picture each one is, as `token_places`.
+        where in the picture each one is, as `token_places`; with `picture` also of what the class token's state says
+        is somewhere in the picture, as `picture`: its attention, unused otherwise, then points at what is there.
         """
-        patches_BPD, image_BMD = self.nano.see(batch.pixels)
-        states = self.nano.read(image_BMD, before, batch.ids, batch.positions, batch.segments)
+        class_BD, patches_BPD, image_BMD = self.nano.see(batch.pixels)
+        read_BMD = image_BMD if batch.shortening is None else batch.shortening @ image_BMD
+        states = self.nano.read(read_BMD, before, batch.ids, batch.positions, batch.segments)
         wanted = batch.targets != IGNORED
         logits = self.nano.logits(states[wanted])
         losses = {
@@ -127,6 +132,10 @@ class Student(nn.Module):
         if places:
             where = self.token_place_head(image_BMD).float().flatten(0, 1)
             losses["token_places"] = F.cross_entropy(where, _places(image_BMD.shape[1]).repeat(len(image_BMD)))
+        if picture:
+            there = [F.one_hot(x, len(y)).amax(1) for x, y in ((batch.names, NAMES), (batch.colors, COLORS))]
+            said = self.class_head(class_BD).float()
+            losses["picture"] = F.binary_cross_entropy_with_logits(said, torch.cat(there, dim=1).float())
         return losses
 
     @torch.no_grad()
@@ -135,7 +144,7 @@ class Student(nn.Module):
         tower, decoder = cast(ClipVisionTower, self.nano.vision.tower), self.nano.decoder
         table = tower.embeddings.position_embedding.weight
         table.copy_(0.3 * _sines(grid, table.shape[1]))
-        tower.embeddings.class_embedding.normal_(0, 0.1)
+        cast(Tensor, tower.embeddings.class_embedding).normal_(0, 0.1)
         self.nano.embed.weight.normal_(0, 0.2)
         for layers, ends in ((tower.layers, ("out_proj", "fc2")), (decoder.layers, ("o_proj", "down_proj"))):
             for name, module in layers.named_modules():

@@ -8,6 +8,7 @@ Shape suffixes: B pictures, P patches, T tokens after the image, S all tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
 from zoo import drawing
 from zoo.questions import ask
@@ -27,6 +29,8 @@ MASKED = -30000.0
 #: what a patch may show, for the auxiliary loss: nothing, a shape, a capital or a digit
 NAMES = ("", *drawing.SHAPES, *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"0123456789")
 COLORS = ("", *drawing.COLORS)
+#: shares of the visual tokens that a shortened prefix keeps
+KEPT = (0.25, 0.375, 0.5, 0.5, 0.625, 0.75)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Batch:
     colors: Tensor  # int64 [B, P], index in COLORS
     token_names: Tensor  # int64 [B, P / 4], the same for visual tokens, each of 2 x 2 patches
     token_colors: Tensor  # int64 [B, P / 4]
+    shortening: Tensor | None = None  # float32 [B, K, P / 4]: K tokens as means of the visual tokens; None keeps all
 
 
 class Encoder:
@@ -111,6 +116,25 @@ def pack(scenes: Sequence[Scene], encoder: Encoder, patch: int) -> Batch:
         token_colors=torch.from_numpy(np.stack([colors for _, colors in tokens])),
         **columns,
     )
+
+
+def shortening(batch: Batch, rng: np.random.Generator, share: float) -> Tensor | None:
+    """What the decoder gets instead of all visual tokens: [B, K, P / 4]; None for all of them, but in `share` of cases.
+
+    Mostly K tokens at random, those that show something at an advantage, so that the decoder learns to answer from
+    fewer of them while none learns to speak for its neighbours; sometimes the means of 2 x 2 tokens.
+    """
+    pictures, count = batch.token_names.shape
+    if rng.random() < 1 - share:
+        return None
+    if rng.random() < 0.15:
+        place = torch.arange(count).view(math.isqrt(count), -1)
+        block = (place // len(place) // 2) * (len(place) // 2) + place % len(place) // 2
+        return (block.flatten() == torch.arange(count // 4)[:, None]).float().expand(pictures, -1, -1) / 4
+    keep = int(rng.choice(KEPT) * count)
+    advantage = rng.uniform(0.5, 1.0) * (batch.token_names != 0)
+    score = torch.from_numpy(rng.random((pictures, count))) + advantage
+    return functional.one_hot(score.topk(keep).indices.sort().values, count).float()
 
 
 def pixels(image: Image.Image) -> Tensor:

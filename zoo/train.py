@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.layout import architecture, write
 from zoo.nano import Nano, Student
-from zoo.packing import Batch, Encoder, drill, pack, thin
+from zoo.packing import Batch, Encoder, drill, pack, shortening, thin
 from zoo.questions import TASKS
 from zoo.scenes import samples, scene
 from zoo.tokens import train_tokenizer
@@ -45,8 +45,14 @@ RATES = (
     (3741, 0.35),
     (4200, 0.107),
     (4201, 0.35),
-    (4600, 0.35),
-    (5000, 0.0),
+    (5200, 0.35),
+    (5600, 0.0),
+    (5601, 0.35),
+    (6600, 0.35),
+    (7000, 0.0),
+    (7001, 0.35),
+    (7800, 0.35),
+    (8200, 0.0),
 )
 
 
@@ -59,10 +65,12 @@ class Plan:
     taught from a step on: from `settle`, the visual tokens are labelled as the patches are, at a lower rate (reading is
     learned before, shapes are weak in the tokens until then); from `place`, also by where they are; from `drill`, a
     picture gets `drilled` questions, most of them about one of its shapes, because only several to one picture teach
-    which shape a question means; from `locate`, those on position come first.
+    which shape a question means; from `locate`, those on position come first. From `shorten`, every other batch reads
+    fewer visual tokens than there are, and the class token is taught what is in the picture, so that compression finds
+    a decoder that can do with less, and attention that means something; from `lengthen`, every fifth.
     """
 
-    steps: int = 5000
+    steps: int = 8200
     batch: int = 32
     questions: int = 4
     processes: int = 2
@@ -72,10 +80,12 @@ class Plan:
     weight_decay: float = 0.05
     rates: tuple[tuple[int, float], ...] = RATES
     settle: int = 1600
+    shorten: int = 2400
     place: int = 2800
     drill: int = 3200
     drilled: int = 8
     locate: int = 4200
+    lengthen: int = 7000
     auxiliary: float = 0.4
 
     def rate(self, step: int) -> float:
@@ -109,7 +119,10 @@ class Batches(Dataset[Batch]):
             scenes = [drill(made, self.plan.drilled, rng, preferred) for made in scenes]
         else:
             scenes = [thin(made, self.plan.questions, rng) for made in scenes]
-        return pack(scenes, self.encoder, self.patch)
+        batch = pack(scenes, self.encoder, self.patch)
+        if step < self.plan.shorten:
+            return batch
+        return replace(batch, shortening=shortening(batch, rng, 0.5 if step < self.plan.lengthen else 0.2))
 
 
 def batches(data: Batches, start: int) -> Iterator[Batch]:
@@ -207,7 +220,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = peak * self.plan.rate(step)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = self.student.losses(batch, before, step >= self.plan.settle, step >= self.plan.place)
+            plan = self.plan
+            losses = self.student.losses(batch, before, *(step >= n for n in (plan.settle, plan.place, plan.shorten)))
         total = losses["answer"] + self.plan.auxiliary * sum(
             (0.5 if "colors" in name else 1.0) * loss for name, loss in losses.items() if name != "answer"
         )

@@ -63,7 +63,7 @@ def test_a_stock_clip_loads_the_tower_and_sees_the_same() -> None:
     nano = Nano.load(CHECKPOINT)
     raw = pixels(next(samples("heldout", 1, 3)).image)[None]
     with torch.no_grad():
-        ours, _ = nano.see(raw)
+        _, ours, _ = nano.see(raw)
         normal = nano.root.get_submodule("vision_encoder").normalize(raw)
         theirs = stock(normal, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5

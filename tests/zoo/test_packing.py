@@ -28,7 +28,7 @@ def student(encoder: Encoder) -> Student:
 def summed(student: Student, batch: Batch, encoder: Encoder) -> tuple[float, int]:
     """The answers' cross entropy in nats, summed over tokens, and their number."""
     with torch.no_grad():
-        _, image = student.nano.see(batch.pixels)
+        *_, image = student.nano.see(batch.pixels)
         states = student.nano.read(image, torch.tensor(encoder.before), batch.ids, batch.positions, batch.segments)
         wanted = batch.targets != IGNORED
         loss = F.cross_entropy(student.nano.logits(states[wanted]), batch.targets[wanted], reduction="sum")

@@ -25,7 +25,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     def run(steps: int, state: Path) -> Trainer:
-        plan = Plan(steps=steps, batch=4, processes=1, settle=1, place=2, drill=2, locate=3)
+        plan = Plan(steps=steps, batch=4, processes=1, settle=1, shorten=1, place=2, drill=2, locate=3)
         trainer = Trainer(plan, state, rank=0)
         trainer.run(minutes=5)
         assert trainer.progress.step == steps
