@@ -139,7 +139,7 @@ def line(row: dict[str, Any]) -> str:
     return f"{head} {cells} | {' | '.join(costs)} |"
 
 
-def page(sizes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+def page(sizes: list[dict[str, Any]], rows: list[dict[str, Any]], command: str, left: int) -> str:
     """The results as Markdown."""
     executed = [row for row in rows if "lower" in row]
     refused, failed = (sum(why in row for row in rows) for why in ("refused", "failed"))
@@ -153,7 +153,8 @@ def page(sizes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
         "what each target takes). `tiny` variants have random weights. A combination that a target's capability table "
         "excludes is refused, with the reason.",
         "",
-        f"{len(rows)} exports: {len(executed)} written, {refused} refused, {failed} failed.",
+        f"{len(rows)} exports: {len(executed)} written, {refused} refused, {failed} failed"
+        + (f"; {left} more were not run for want of time." if left else "."),
         "",
         "| model | variant | target | passes | recipe | methods | seconds | peak MiB | MiB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -170,7 +171,7 @@ def page(sizes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
         for size in sizes
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    lines += ["", f"Made by `make matrix` on {date.today()}: Python {platform.python_version()}, {versions}.", ""]
+    lines += ["", f"Made by `{command}` on {date.today()}: Python {platform.python_version()}, {versions}.", ""]
     return "\n".join(lines)
 
 
@@ -178,7 +179,9 @@ def main() -> int:
     """Run everything, two exports at a time; 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/matrix.md"))
-    parser.add_argument("--models", nargs="*", default=registry.names())
+    parser.add_argument("--models", nargs="*", default=registry.names(), help="only these models")
+    parser.add_argument("--variants", nargs="*", help="only these variants, as mobilevlm-nano or tiny")
+    parser.add_argument("--minutes", type=float, help="start no export after so long; the page says how many were left")
     args = parser.parse_args()
     sizes: list[dict[str, Any]] = []
     jobs: list[tuple[Request, str, str, str | None]] = []
@@ -186,10 +189,16 @@ def main() -> int:
         to_stderr(f"{model}: tracing the published sizes")
         sizes += published(model)
         for request in small(model):
+            if args.variants and request.variant not in args.variants:
+                continue
             chosen = list(grid(request))
             jobs += [(request, target, passes, recipe) for target in TARGETS for passes, recipe in chosen]
 
-    def run(number: int) -> dict[str, Any]:
+    start = time.monotonic()
+
+    def run(number: int) -> dict[str, Any] | None:
+        if args.minutes and time.monotonic() - start > 60 * args.minutes:
+            return None
         request, target, passes, recipe = jobs[number]
         row = alone(lowered, *jobs[number])
         became = next((f"{why}: {row[why]}" for why in ("failed", "refused") if why in row), "passed")
@@ -198,9 +207,10 @@ def main() -> int:
         return row
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        rows = list(pool.map(run, range(len(jobs))))
+        rows = [row for row in pool.map(run, range(len(jobs))) if row is not None]
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(page(sizes, rows))
+    command = " ".join(["python -m export.matrix", *sys.argv[1:]]) if sys.argv[1:] else "make matrix"
+    args.out.write_text(page(sizes, rows, command, len(jobs) - len(rows)))
     failed = [row for row in rows if "failed" in row]
     to_stderr(f"{args.out}: {len(rows)} exports, {len(failed)} failed")
     return 1 if failed else 0

@@ -14,7 +14,7 @@ import torch
 
 from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
-from export.stability import limits
+from export.stability import trial
 from export.stages import Progress, Stages, to_stderr
 from export.targets.base import Lowered, LowerOptions, Target, load_target
 from export.verify import (
@@ -188,15 +188,19 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             legal = target.legalize(program)
             legal.check()
             metadata = {**prompt, "variant": model.variant}
-            expected = record(EagerRuntime(program), seeded_inputs(program_signatures(program)))
-            gates = limits(resolved, table.limit(resolved.floats, resolved.quantized), rounded, expected)
-            lowered = target.lower(legal, directory, LowerOptions(resolved.floats, gates, metadata, options.extra, say))
+            checks = trial(resolved, table.limit(resolved.floats, resolved.quantized), rounded, program)
+            expected = checks.expected
+            lowered = target.lower(
+                legal,
+                directory,
+                LowerOptions(resolved.floats, checks.limits, checks.seed, metadata, options.extra, say),
+            )
         with stages("verify", "against the source graph") as say:
             unquantized = None if program is compressed else record(EagerRuntime(compressed), inputs_of(expected))
             quantize = compare(expected, unquantized) if unquantized else None
             compress = compress_record(compressed, source)
             artifact = artifact_of(program, lowered, directory)
-            lower = verify_lowered(options.target, artifact, lowered, expected, gates)
+            lower = verify_lowered(options.target, artifact, lowered, expected, checks.limits)
             for name, entry in lower.items():
                 say(f"{name}: {describe(entry)}")
         with stages("publish", str(out)):
@@ -216,7 +220,8 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "recipe": chosen.name,
                     "quantization": resolved.to_json(),
                     "calibration": None if statistics is None else statistics.origin.to_json(),
-                    "limits": gates,
+                    "limits": dict(checks.limits),
+                    "vectors_seed": checks.seed,
                     "prompt": prompt,
                     "methods": {
                         name: {"file": lowered.files[name], **signature_to_json(signature)}

@@ -8,12 +8,16 @@ second float type, float64 beside float32 or float16, whichever a target's float
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
-from export.verify import Vectors, compare, inputs_of, record
+from export.verify import Vectors, compare, inputs_of, program_signatures, record, seeded_inputs
 from graphs.program import Program
 from quant.precision import CastFloats
 from quant.resolve import Resolved
+from runtimes.base import Array
 from runtimes.eager import EagerRuntime
 
 #: an artefact may be this many times as far from the graph as the graph is from itself in other floats
@@ -22,25 +26,67 @@ SLACK = 2.0
 #: and no farther than this, whatever the experiment says
 MOST = 0.1
 
+#: relative changes of floating inputs, the size of float32's own rounding: each turns other steps over
+NUDGES = (0.0, 2.0**-20, -(2.0**-20))
+
+#: inputs that are tried for one at which the graph is steadier than that
+SEEDS = 8
+
 
 def second_floats(resolved: Resolved) -> torch.dtype:
     """The type to compute in besides the program's own: the target's, or one with more digits where that is its own."""
     return torch.float64 if resolved.floats == "float32" else getattr(torch, resolved.floats)
 
 
-def limits(resolved: Resolved, base: float, rounded: Program, expected: Vectors) -> dict[str, float]:
-    """For each method the gate on its `lower` error: `base`, or more where it rounds activations and is unstable.
+@dataclass(frozen=True)
+class Trial:
+    """What artefacts are checked on: inputs drawn by `seed`, the outputs expected, and the gate of each method."""
 
-    `rounded` is the program before its floats are cast; `expected` what the program as deployed makes of its inputs.
+    seed: int
+    expected: Vectors
+    limits: Mapping[str, float]
+
+
+def trial(resolved: Resolved, base: float, rounded: Program, program: Program) -> Trial:
+    """The first of some seeds at whose inputs the program as deployed is steady enough to be checked against.
+
+    Where tokens are chosen by content, noise may put two of them at a tie that the last bit decides, and the outputs
+    are then of other tokens altogether: no fault of an artefact, and no check of it either. The gate of each method is
+    `base`, or more where it rounds activations and is unstable. `rounded` is the program before its floats are cast.
     """
     unsettled = {layer.method for layer, scheme, _ in resolved.layers.values() if scheme.activations}
-    again = {method: calls for method, calls in expected.items() if method in unsettled}
-    found = dict.fromkeys(expected, base)
-    if again:
-        kept = {name: traced for name, traced in rounded.methods.items() if name in unsettled}
-        other = CastFloats(second_floats(resolved)).run(Program(kept, rounded.weights, rounded.constants))
-        reference = EagerRuntime(rounded) if resolved.floats != "float32" else None
-        mine = record(reference, inputs_of(again)) if reference else again
-        moved = compare(record(EagerRuntime(other), inputs_of(again)), mine)
-        found |= {method: min(MOST, max(base, SLACK * entry["relative_l2"])) for method, entry in moved.items()}
-    return found
+    mine = EagerRuntime(program)
+    others = comparison(resolved, rounded, unsettled) if unsettled else ()
+    first: Trial | None = None
+    for seed in range(SEEDS if unsettled else 1):
+        expected = record(mine, seeded_inputs(program_signatures(program), seed))
+        inputs = {method: calls for method, calls in inputs_of(expected).items() if method in unsettled}
+        moved: dict[str, float] = dict.fromkeys(expected, 0.0)
+        if others:
+            other, same = others
+            steady = record(same, inputs)
+            for nudge in NUDGES:
+                found = compare(record(other, nudged(inputs, nudge)), steady)
+                moved |= {name: max(moved[name], SLACK * entry["relative_l2"]) for name, entry in found.items()}
+        made = Trial(seed, expected, {method: min(MOST, max(base, moved[method])) for method in expected})
+        if max(moved.values()) <= MOST:
+            return made
+        first = first or made
+    assert first is not None
+    return first
+
+
+def nudged(inputs: Mapping[str, list[list[Array]]], by: float) -> dict[str, list[list[Array]]]:
+    """Inputs whose floats are 1 + `by` times as large."""
+    return {
+        method: [
+            [array * array.dtype.type(1 + by) if array.dtype.kind == "f" else array for array in call] for call in c
+        ]
+        for method, c in inputs.items()
+    }
+
+
+def comparison(resolved: Resolved, rounded: Program, methods: set[str]) -> tuple[EagerRuntime, EagerRuntime]:
+    """The same methods in float32 and in the second type."""
+    kept = Program({name: rounded.methods[name] for name in methods}, rounded.weights, rounded.constants)
+    return EagerRuntime(CastFloats(second_floats(resolved)).run(kept)), EagerRuntime(kept)

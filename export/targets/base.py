@@ -40,6 +40,7 @@ class LowerOptions:
 
     floats: str  # what the recipe keeps unquantized numbers in
     limits: Mapping[str, float]  # of each method's `lower` error
+    seed: int = 0  # of inputs to check with
     metadata: Mapping[str, Any] = field(default_factory=dict)  # context, eos ids, visual tokens, ... for stock clients
     extra: Mapping[str, str] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None

@@ -25,14 +25,15 @@ FLOAT, HALVES = ir.DataType.FLOAT, (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TORCH_HALVES = (torch.float16, torch.bfloat16)
 
 
-def evaluate(program: Program, method: str, path: Path, limit: float) -> str:
+def evaluate(program: Program, method: str, path: Path, limit: float, seed: int = 0) -> str:
     """What onnxruntime makes of `path` against the program, in words. Raises GateError beyond `limit`.
 
-    The method owns no state (`state_io.explicit_state`): caches are seeded inputs and compared outputs like any others.
-    Nodes are evaluated one by one, none fused, so that what the file says is what is computed. Two kinds are evaluated
-    in float32 on both sides, the same graphs with the same (rounded) weights: those in bfloat16, for which onnxruntime
-    has no CPU kernels, and those in float16 that round activations to integers, where the last bit of a half decides
-    the integer, so that any two orders of summation are as far apart as the quantization itself.
+    Inputs are drawn by `seed`. The method owns no state (`state_io.explicit_state`): caches are seeded inputs and
+    compared outputs like any others. Nodes are evaluated one by one, none fused, so that what the file says is what is
+    computed. Two kinds are evaluated in float32 on both sides, the same graphs with the same (rounded) weights: those
+    in bfloat16, for which onnxruntime has no CPU kernels, and those in float16 that round activations to integers,
+    where the last bit of a half decides the integer, so that any two orders of summation are as far apart as the
+    quantization itself.
     """
     import onnxruntime
 
@@ -53,7 +54,7 @@ def evaluate(program: Program, method: str, path: Path, limit: float) -> str:
         raise GateError(f"{method}: {by} cannot load the ONNX graph: {reason(error)}") from error
     eager = EagerRuntime(program)
     worst = 0.0
-    for example in traced.signature.method(method).examples(lengths=(12, 1)):
+    for example in traced.signature.method(method).examples(seed, lengths=(12, 1)):
         inputs = [tensor.numpy() for tensor in example]
         feeds = {spec.name: array for spec, array in zip(traced.signature.inputs, inputs, strict=True)}
         worst = max(worst, relative_l2(session.run(None, feeds), eager.call(method, inputs)))

@@ -53,7 +53,7 @@ class TensorRTTarget:
                 path = Path(scratch) / f"{method}.onnx"
                 write(model, path)
                 options.progress(f"{method}: evaluating the ONNX with onnxruntime")
-                finding = evaluate(program, method, path, options.limits[method])
+                finding = evaluate(program, method, path, options.limits[method], options.seed)
                 profiles = profiles_of(traced.signature, library)
                 options.progress(f"{method}: {version} builds the engine")
                 start = perf_counter()

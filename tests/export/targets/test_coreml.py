@@ -47,7 +47,7 @@ class Export:
 
 def lower(program: Program, floats: str, directory: Path) -> Export:
     lines: list[str] = []
-    options = LowerOptions(floats, dict.fromkeys(program, 1e-2), FACTS, progress=lines.append)
+    options = LowerOptions(floats, dict.fromkeys(program, 1e-2), metadata=FACTS, progress=lines.append)
     lowered = TARGET.lower(TARGET.legalize(program), directory, options)
     return Export(program, directory, lowered, lines)
 

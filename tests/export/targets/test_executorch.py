@@ -34,7 +34,7 @@ def only(program: Program, *methods: str) -> Program:
 
 def lower(program: Program, directory: Path) -> Lowered:
     return TARGET.lower(
-        TARGET.legalize(program), directory, LowerOptions("float32", dict.fromkeys(program, 1e-4), METADATA)
+        TARGET.legalize(program), directory, LowerOptions("float32", dict.fromkeys(program, 1e-4), metadata=METADATA)
     )
 
 
