@@ -192,7 +192,7 @@ def main() -> int:
             if args.variants and request.variant not in args.variants:
                 continue
             chosen = list(grid(request))
-            jobs += [(request, target, passes, recipe) for target in TARGETS for passes, recipe in chosen]
+            jobs += [(request, target, passes, recipe) for passes, recipe in chosen for target in TARGETS]
 
     start = time.monotonic()
 
