@@ -23,13 +23,15 @@ from graphs.preprocess.prompt import ImageSegment, TextSegment, segments, tokeni
 from graphs.preprocess.tokenizer import Tokenizer, load_tokenizer
 from graphs.program import Program
 
+#: inputs kept of each layer and modality: static ranges need the tails
+ROWS = 512
 METHODS = ("vision_encoder", "token_embedding", "text_decoder")
 
 
 class ByteTokenizer:
-    """Stands in where a model has random weights and so no tokenizer: a text's last bytes, each an id.
+    """Stands in where a model comes without tokenizer, as random weights do: a text's last bytes, each an id.
 
-    The prompts then mean nothing, as the weights do; few ids fit the shortest context.
+    The prompts then mean nothing; few ids fit the shortest context.
     """
 
     bos_id: int | None = None
@@ -70,8 +72,6 @@ class Prompter:
         self.template, self.processor = template, model.architecture.image_processor
         facts = model.architecture.facts()
         found = load_tokenizer(model.directory) if model.directory else None
-        if found is None and model.directory is not None:
-            raise UserError(f"{model.directory} has no tokenizer, so no prompt can be made: add its tokenizer.json")
         self.tokenizer: Tokenizer | ByteTokenizer = found or ByteTokenizer(facts["vocab_size"])
         self.context, self.decode_steps = int(facts["context"]), decode_steps
         shape = program.methods["vision_encoder"].signature.outputs[0].shape if "vision_encoder" in program else (1, 0)
@@ -111,7 +111,7 @@ def collect(
     seed: int = 0,
     decode_steps: int = 4,
     hessians: bool | str = True,
-    rows: int = 128,
+    rows: int = ROWS,
     outputs: int = 32,
     passes: str = "",
     progress: Callable[[str], None] = lambda line: None,
@@ -128,6 +128,8 @@ def collect(
     if not isinstance(samples, Samples):
         samples = Samples.of(samples)
     prompter = Prompter(model, program, decode_steps)
+    if isinstance(prompter.tokenizer, ByteTokenizer) and model.directory:
+        progress(f"{model.directory} has no tokenizer: its prompts here mean nothing to it, only its pictures do")
     pattern = re.compile(hessians) if isinstance(hessians, str) else re.compile("") if hessians else None
     observers = {
         method: Observer(program, method, hessians=pattern, rows=rows, outputs=outputs, seed=seed)

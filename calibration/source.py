@@ -15,10 +15,6 @@ from graphs.model import Model
 from graphs.program import Program
 
 SUFFIX = ".safetensors"
-#: inputs kept of each layer and modality: static ranges need the tails
-ROWS = 512
-#: inputs kept of each layer and modality: static ranges need the tails
-ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,7 @@ class Calibration:
         if self.data.endswith(SUFFIX):
             return Statistics.load(Path(self.data), program)
         samples = open_samples(self.data, self.count, self.seed)
-        return collect(
-            model, program, samples, seed=self.seed, hessians=hessians, rows=ROWS, passes=passes, progress=say
-        )
+        return collect(model, program, samples, seed=self.seed, hessians=hessians, passes=passes, progress=say)
 
 
 def again(model: Model, program: Program, origin: Mapping[str, Any], hessians: bool) -> Statistics:
@@ -53,4 +47,4 @@ def again(model: Model, program: Program, origin: Mapping[str, Any], hessians: b
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the manifest's calibration is damaged: {error!r}") from error
     samples = open_samples(data, count, seed)
-    return collect(model, program, samples, seed=seed, decode_steps=steps, hessians=hessians, rows=ROWS, passes=passes)
+    return collect(model, program, samples, seed=seed, decode_steps=steps, hessians=hessians, passes=passes)

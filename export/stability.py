@@ -56,18 +56,18 @@ def trial(resolved: Resolved, base: float, rounded: Program, program: Program) -
     """
     unsettled = {layer.method for layer, scheme, _ in resolved.layers.values() if scheme.activations}
     mine = EagerRuntime(program)
-    others = comparison(resolved, rounded, unsettled) if unsettled else ()
+    kept = Program({name: rounded.methods[name] for name in unsettled}, rounded.weights, rounded.constants)
+    other = EagerRuntime(CastFloats(second_floats(resolved)).run(kept))
+    same = None if program is rounded else EagerRuntime(kept)
     first: Trial | None = None
     for seed in range(SEEDS if unsettled else 1):
         expected = record(mine, seeded_inputs(program_signatures(program), seed))
         inputs = {method: calls for method, calls in inputs_of(expected).items() if method in unsettled}
         moved: dict[str, float] = dict.fromkeys(expected, 0.0)
-        if others:
-            other, same = others
-            steady = record(same, inputs)
-            for nudge in NUDGES:
-                found = compare(record(other, nudged(inputs, nudge)), steady)
-                moved |= {name: max(moved[name], SLACK * entry["relative_l2"]) for name, entry in found.items()}
+        steady = record(same, inputs) if same else {method: expected[method] for method in inputs}
+        for nudge in NUDGES if unsettled else ():
+            found = compare(record(other, nudged(inputs, nudge)), steady)
+            moved |= {name: max(moved[name], SLACK * entry["relative_l2"]) for name, entry in found.items()}
         made = Trial(seed, expected, {method: min(MOST, max(base, moved[method])) for method in expected})
         if max(moved.values()) <= MOST:
             return made
@@ -84,9 +84,3 @@ def nudged(inputs: Mapping[str, list[list[Array]]], by: float) -> dict[str, list
         ]
         for method, c in inputs.items()
     }
-
-
-def comparison(resolved: Resolved, rounded: Program, methods: set[str]) -> tuple[EagerRuntime, EagerRuntime]:
-    """The same methods in float32 and in the second type."""
-    kept = Program({name: rounded.methods[name] for name in methods}, rounded.weights, rounded.constants)
-    return EagerRuntime(CastFloats(second_floats(resolved)).run(kept)), EagerRuntime(kept)

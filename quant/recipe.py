@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from calibration.moments import WEIGHTINGS
 from graphs.errors import UserError, nearest
 from graphs.files import reason, shown
 from quant.layers import KINDS, Layer
@@ -34,7 +35,6 @@ FLOATS = ("native", "float32", "float16", "bfloat16")
 CACHES = ("float", "int8")
 SCALES = ("rtn", "mse", "gptq")
 RESCALES = ("", "awq", "smoothquant")
-MODALITIES = ("balanced", "counts", "text", "image")
 MAX_BYTES = 1 << 20
 KEEP = "float"
 
@@ -97,7 +97,7 @@ def read(path: Path) -> Recipe:
 
 def parse(table: Mapping[str, Any], name: str, where: str) -> Recipe:
     """A recipe from its table. Raises UserError."""
-    values = checked(table, Recipe, where, {"floats": FLOATS, "modality": MODALITIES})
+    values = checked(table, Recipe, where, {"floats": FLOATS, "modality": WEIGHTINGS})
     values.pop("name", None)
     values.setdefault("about", "")
     for cache_kind in values.get("kv_cache", ()):

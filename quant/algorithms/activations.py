@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.algorithms.base import FLOAT8_MAX, SMALLEST_SCALE, levels
+from quant.algorithms.base import SMALLEST_SCALE, levels
 from quant.algorithms.distribution import Distribution
+from quant.ops import FLOAT8_MAX
 
 #: parts of the range on either side that are tried; an asymmetric range tries each with each
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12, 0.07, 0.04)

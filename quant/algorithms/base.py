@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from graphs.errors import UserError
+from quant.ops import FLOAT8, FLOAT8_MAX
 from quant.scheme import WeightScheme
-
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
 
 #: no scale is smaller: it stays above zero in half precision, too, so blocks of zeros divide by nothing that vanishes
 SMALLEST_SCALE = 2.0**-24
@@ -104,10 +102,3 @@ def pack(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightSche
 def round_blocks(blocks_OnG: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme) -> QuantizedWeight:
     """Every block rounded to the grid of its scale."""
     return pack(encode(blocks_OnG, scale, zero_point, scheme), scale, zero_point, scheme)
-
-
-def quantize_float8(weight_OK: Tensor) -> QuantizedWeight:
-    """fp8 e4m3 (arXiv 2209.05433) with one scale an output channel, its largest magnitude on 448."""
-    scheme = WeightScheme("float8", 8)
-    whole = blocks(weight_OK, 0)
-    return round_blocks(whole, *least_scale(whole, scheme), scheme)

@@ -37,9 +37,9 @@ def statistics() -> Statistics:
     return Calibration(count=8).statistics(*nano(), "", True, lambda line: None)
 
 
-def made(*rules: Rule, kv_cache: str = "float", takes: Everything = EVERYTHING) -> Program:
+def made(*rules: Rule, kv_cache: str = "float", modality: str = "balanced", takes: Everything = EVERYTHING) -> Program:
     _, program = nano()
-    resolved = resolve(Recipe("test", "", "float32", (kv_cache,), layers=rules), program, "test", takes)
+    resolved = resolve(Recipe("test", "", "float32", (kv_cache,), modality, rules), program, "test", takes)
     quantized = Quantization(resolved, statistics()).apply(program)
     quantized.check()
     again = Resolved.from_json(resolved.to_json(), program)
@@ -133,6 +133,13 @@ def test_gptq_beats_rounding_on_the_decoders_output() -> None:
 
     assert at("w4g32", "gptq") <= at("w4g32", "rtn")
     assert at("w3g32", "gptq") < 0.9 * at("w3g32", "rtn")
+
+
+def test_calibrating_on_pictures_and_text_beats_text_alone() -> None:
+    for scheme in ("w4g32", "w3g32"):
+        rule = Rule("text_decoder/layers*", (scheme,), scales="gptq")
+        mixed, text = (decoder_error(made(rule, modality=modality)) for modality in ("balanced", "text"))
+        assert mixed < 0.8 * text
 
 
 def test_int8_cache_decodes_step_by_step_as_it_prefills() -> None:

@@ -8,23 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.targets.base import Lowered, LowerOptions
 from export.targets.executorch import FILE, TARGET
 from export.targets.executorch_quant import pack4
 from export.verify import compare, program_signatures, record, seeded_inputs
 from graphs.errors import UserError
-from graphs.program import Program, Signature, TracedMethod
+from graphs.program import Program, Signature
 from graphs.rewrite import Opened
 from graphs.spec import Dim, TensorSpec
-from graphs.trace import trace_module
 from quant.insert import Choice, insert
 from quant.kv_cache import Int8Cache
 from quant.layers import layers
 from quant.scheme import Scheme
 from runtimes.base import Artifact, load_runtime
 from runtimes.eager import EagerRuntime
+from tests.tiny import toy_program
 
 WIDTH, TOKENS, CONTEXT = 64, 96, 16
 LENGTH = Dim("length", 1, CONTEXT)
@@ -79,15 +78,7 @@ POSITIONS = TensorSpec("positions", (LENGTH,), torch.int64, "positions")
 
 def program(module: type[nn.Module], inputs: tuple[TensorSpec, ...], state: tuple[TensorSpec, ...] = ()) -> Program:
     """`module` with random weights as the only method of a program."""
-    torch.manual_seed(0)
-    weights = dict(module().state_dict())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        fake = module().eval().requires_grad_(False)
-    exported = trace_module(fake, inputs, mode)
-    names = {name: name for name in weights if name not in {spec.name for spec in state}}
-    signature = Signature(inputs, (TensorSpec("y", ()),), state)
-    return Program({"net": TracedMethod(signature, exported, names)}, weights, {})
+    return toy_program("net", module, Signature(inputs, (TensorSpec("y", ()),), state))
 
 
 def rounded(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:

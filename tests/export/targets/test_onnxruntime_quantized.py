@@ -10,15 +10,13 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.targets.base import LowerOptions
 from export.targets.onnxruntime import TARGET
 from export.verify import compare, program_signatures, record, seeded_inputs
-from graphs.program import Program, Signature, TracedMethod
+from graphs.program import Program, Signature
 from graphs.rewrite import Opened
 from graphs.spec import Dim, TensorSpec
-from graphs.trace import trace_module
 from quant.insert import Choice, insert
 from quant.kv_cache import Int8Cache
 from quant.layers import layers
@@ -26,7 +24,7 @@ from quant.precision import CastFloats
 from quant.scheme import Scheme, WeightScheme
 from runtimes.base import Artifact, load_runtime
 from runtimes.eager import EagerRuntime
-from tests.tiny import tiny_program
+from tests.tiny import tiny_program, toy_program
 
 WIDTH, INNER, ROWS = 256, 512, 1024
 HIDDEN = (1, Dim("sequence", 1, 64), WIDTH)
@@ -81,13 +79,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], TensorSpec, TensorSpec]] = {
 def network(kind: str) -> Program:
     """One of the networks with random weights, its method named after it."""
     make, given, made = NETWORKS[kind]
-    torch.manual_seed(0)
-    weights = dict(make().requires_grad_(False).named_parameters())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        module = make().eval().requires_grad_(False)
-    traced = TracedMethod(Signature((given,), (made,)), trace_module(module, (given,), mode), {n: n for n in weights})
-    return Program({kind: traced}, weights, {})
+    return toy_program(kind, make, Signature((given,), (made,)))
 
 
 def rounded(weight: Tensor, scheme: WeightScheme) -> dict[str, Tensor]:

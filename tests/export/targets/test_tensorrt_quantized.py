@@ -9,19 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from export.targets.base import Lowered, LowerOptions
 from export.targets.tensorrt import TARGET
 from graphs.errors import GateError
-from graphs.program import Program, Signature, TracedMethod
+from graphs.program import Program, Signature
 from graphs.rewrite import Opened
 from graphs.spec import Dim, TensorSpec
-from graphs.trace import trace_module
 from quant.insert import Choice, insert
 from quant.layers import layers
 from quant.precision import CastFloats
 from quant.scheme import Scheme, WeightScheme
+from tests.tiny import toy_program
 
 WIDTH, ROWS = 768, 4096
 #: what an engine holds beside its weights: its kernels and plans
@@ -80,14 +79,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], TensorSpec, TensorSpec]] =
 def program_of(kind: str) -> Program:
     """One of the networks with random weights, its method named after it."""
     make, given, made = NETWORKS[kind]
-    torch.manual_seed(0)
-    weights = dict(make().requires_grad_(False).named_parameters())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        module = make().eval().requires_grad_(False)
-    exported = trace_module(module, (given,), mode)
-    traced = TracedMethod(Signature((given,), (made,)), exported, {name: name for name in weights})
-    return Program({kind: traced}, weights, {})
+    return toy_program(kind, make, Signature((given,), (made,)))
 
 
 def rounded(weight: Tensor, scheme: WeightScheme) -> dict[str, Tensor]:

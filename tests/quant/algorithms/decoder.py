@@ -18,11 +18,10 @@ NANO = Request("mobilevlm", checkpoint="zoo:mobilevlm-nano")
 
 @dataclass(frozen=True)
 class Recorded:
-    """A layer's weight [O, K] and its inputs [R, K], with which of them are image positions [R]."""
+    """A layer's weight [O, K] and its inputs [R, K]."""
 
     weight: Tensor
     rows: Tensor
-    image: Tensor
 
 
 @cache
@@ -41,18 +40,14 @@ def decoder(count: int = 24, seed: int = 7) -> dict[str, Recorded]:
     rows: dict[str, list[Tensor]] = {name: [] for name in linears}
     for name, layer in linears.items():
         layer.register_forward_pre_hook(lambda _, args, name=name: rows[name].append(args[0][0].clone()))
-    image = []
     for sample in zoo_samples(count, seed, "train"):
         parts = []
         for piece in tokenize(segments(architecture.template, sample.question, 1), tokenizer):
             if isinstance(piece, ImageSegment):
                 pixels = torch.from_numpy(architecture.image_processor(sample.image))
                 parts.append(root.vision_encoder(pixels))
-                image.append(torch.ones(parts[-1].shape[1], dtype=torch.bool))
             else:
                 parts.append(root.token_embedding(torch.from_numpy(piece)[None]))
-                image.append(torch.zeros(len(piece), dtype=torch.bool))
         embeds = torch.cat(parts, 1)
         root.text_decoder(embeds, torch.arange(embeds.shape[1]))
-    positions = torch.cat(image)
-    return {name: Recorded(layer.weight, torch.cat(rows[name]), positions) for name, layer in linears.items()}
+    return {name: Recorded(layer.weight, torch.cat(rows[name])) for name, layer in linears.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from graphs.errors import UserError
 from quant.algorithms import mse, rtn
 from quant.algorithms.activations import activation_range, float8_scale
-from quant.algorithms.base import QuantizedWeight, quantize_float8
+from quant.algorithms.base import QuantizedWeight
 from quant.algorithms.distribution import Distribution
 from quant.algorithms.inputs import Inputs
 from quant.algorithms.palette import palette
@@ -140,7 +140,7 @@ def test_range_search_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPa
 
 def test_float8_puts_each_channels_largest_on_448() -> None:
     values = weight()
-    quantized = quantize_float8(values)
+    quantized = rtn.quantize(values, WeightScheme("float8", 8))
     assert quantized.q.dtype == torch.float8_e4m3fn
     filled = [0, *range(2, 12)]
     assert torch.equal(quantized.q.float().abs().amax(1)[filled], torch.full((11,), 448.0))

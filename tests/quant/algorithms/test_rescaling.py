@@ -1,4 +1,4 @@
-"""AWQ and SmoothQuant against their formulas, and the weighting of modalities."""
+"""AWQ and SmoothQuant against their formulas."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphs.errors import UserError
 from quant.algorithms import ALGORITHMS, RESCALINGS, awq, rtn, smoothquant
 from quant.algorithms.inputs import Inputs
-from quant.algorithms.modality import combine, modality_weights
 from quant.scheme import WeightScheme
 from tests.numbers import relative_l2
 from tests.quant.algorithms.test_gptq import correlated
@@ -118,43 +116,6 @@ def test_smoothquant_halves_the_error_of_loud_inputs() -> None:
 
     assert error(fixed) < 0.6 * error(torch.ones(64))
     assert error(searched) <= error(fixed) * 1.02
-
-
-def test_modalities_count_as_the_rule_says() -> None:
-    counts = {"image": 900, "text": 100}
-    assert modality_weights(counts) == {"image": 0.5, "text": 0.5}
-    assert modality_weights(counts, "counts") == {"image": 0.9, "text": 0.1}
-    assert modality_weights(counts, "text") == {"image": 0.0, "text": 1.0}
-    assert modality_weights(counts, "balanced", {"image": 1.0, "text": 3.0}) == {"image": 0.25, "text": 0.75}
-    assert modality_weights({"image": 0, "text": 5}) == {"image": 0.0, "text": 1.0}
-    with pytest.raises(UserError, match="did you mean 'balanced'"):
-        modality_weights(counts, "balance")
-    with pytest.raises(UserError, match="saw no tokens to weigh by 'image'"):
-        modality_weights({"image": 0, "text": 5}, "image")
-
-
-def test_combined_statistics_are_those_of_all_tokens() -> None:
-    image, text = correlated(90, 64, 1), correlated(30, 64, 2)
-
-    def statistics(rows: Tensor) -> Inputs:
-        hessian = rows.T @ rows / len(rows)
-        return Inputs(hessian, hessian.diagonal(), rows.abs().mean(0), rows.abs().amax(0), rows)
-
-    parts = {"image": statistics(image), "text": statistics(text)}
-    by_count = combine(parts, modality_weights({"image": 90, "text": 30}, "counts"))
-    together = statistics(torch.cat([image, text]))
-    for name in ("hessian_KK", "square_K", "absmean_K", "absmax_K", "rows_RK"):
-        assert torch.allclose(getattr(by_count, name), getattr(together, name), rtol=1e-4, atol=1e-4), name
-    assert by_count.row_weights_R is not None
-    assert torch.allclose(by_count.shares(), torch.full((120,), 1 / 120))
-    balanced = combine(parts, modality_weights({"image": 90, "text": 30}))
-    assert float(balanced.shares()[90:].sum()) == pytest.approx(0.5, rel=1e-5)
-    sampled = Inputs(rows_RK=balanced.rows_RK, row_weights_R=balanced.row_weights_R)
-    assert torch.allclose(sampled.hessian(), balanced.hessian(), rtol=1e-3, atol=1e-3)
-    alone = combine(parts, {"image": 0.0, "text": 1.0})
-    assert torch.equal(alone.hessian(), parts["text"].hessian())
-    poorer = {"image": parts["image"], "text": Inputs(square_K=torch.ones(64))}
-    assert combine(poorer, {"image": 0.5, "text": 0.5}).hessian_KK is None
 
 
 def test_every_algorithm_takes_every_scheme() -> None:
