@@ -7,9 +7,10 @@ steps, so that its cache and its single-token calls are seen too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,21 +18,23 @@ from calibration.observe import Observer
 from calibration.origin import Origin
 from calibration.reading import Sample, Samples
 from calibration.statistics import Statistics, fingerprint
+from graphs.dialogue import DECODER, EMBEDDING, ENCODER, VISION, Dialogue, Read
 from graphs.errors import UserError
 from graphs.model import Model
-from graphs.preprocess.prompt import ImageSegment, TextSegment, segments, tokenize
+from graphs.preprocess.picture import Array, View
+from graphs.preprocess.prompt import ImageSegment, Piece, TextSegment, read, segments
 from graphs.preprocess.tokenizer import Tokenizer, load_tokenizer
 from graphs.program import Program
 
 #: inputs kept of each layer and modality: static ranges need the tails
 ROWS = 512
-METHODS = ("vision_encoder", "token_embedding", "text_decoder")
+METHODS = (VISION, EMBEDDING, ENCODER, DECODER)
 
 
 class ByteTokenizer:
     """Stands in where a model comes without tokenizer, as random weights do: a text's last bytes, each an id.
 
-    The prompts then mean nothing; few ids fit the shortest context.
+    The prompts then mean nothing; few ids fit the shortest context. The last id is that of the placeholder `image`.
     """
 
     bos_id: int | None = None
@@ -39,11 +42,15 @@ class ByteTokenizer:
     eos_ids: tuple[int, ...] = ()
     LENGTH = 8
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size: int, image: str) -> None:
+        self.vocab_size, self.mark, self.image = vocab_size, vocab_size - 1, image
 
     def encode(self, text: str) -> list[int]:
-        return [byte % self.vocab_size for byte in text.encode("utf-8", "replace")[-self.LENGTH :]]
+        ids: list[int] = []
+        for index, piece in enumerate(text.split(self.image)):
+            ids += [self.mark] if index else []
+            ids += [byte % self.mark for byte in piece.encode("utf-8", "replace")[-self.LENGTH :]]
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return bytes(i % 256 for i in ids).decode("utf-8", "replace")
@@ -51,14 +58,14 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as the decoder takes it: ids [1, T] or pixels [1, 3, H, W] in turn, and the ids of its answer."""
+    """A sample as the decoder takes it: ids and pictures in turn, and the ids of its answer."""
 
-    pieces: tuple[Tensor, ...]
+    pieces: tuple[Piece, ...]
     answer: tuple[int, ...]
 
     @property
     def images(self) -> int:
-        return sum(piece.ndim == 4 for piece in self.pieces)
+        return len({id(piece.picture) for piece in self.pieces if isinstance(piece, View)})
 
 
 class Prompter:
@@ -67,33 +74,22 @@ class Prompter:
     def __init__(self, model: Model, program: Program, decode_steps: int) -> None:
         """Raises UserError where the model is none that answers prompts."""
         template = model.architecture.template
-        if template is None or not set(METHODS[1:]) <= set(program):
+        if template is None or not {EMBEDDING, DECODER} <= set(program):
             raise UserError(f"{model.request.model} takes no prompts: only image-text decoders can be calibrated")
         self.template, self.processor = template, model.architecture.image_processor
         facts = model.architecture.facts()
         found = load_tokenizer(model.directory) if model.directory else None
-        self.tokenizer: Tokenizer | ByteTokenizer = found or ByteTokenizer(facts["vocab_size"])
-        self.context, self.decode_steps = int(facts["context"]), decode_steps
-        shape = program.methods["vision_encoder"].signature.outputs[0].shape if "vision_encoder" in program else (1, 0)
-        self.visual_tokens = shape[1] if isinstance(shape[1], int) else 0
+        self.tokenizer: Tokenizer = found or ByteTokenizer(facts["vocab_size"], template.image)
+        self.decode_steps = decode_steps
 
     def __call__(self, sample: Sample) -> Prompt:
-        """Raises UserError where the template cannot place the picture or the prompt exceeds the context."""
-        if sample.images and (self.processor is None or not self.visual_tokens):
+        """Raises UserError where the model takes no pictures or the template cannot place them."""
+        if sample.images and self.processor is None:
             raise UserError("this model takes no pictures")
-        pieces = segments(self.template, sample.question, len(sample.images))
-        found: list[Tensor] = []
-        for piece in tokenize(pieces, self.tokenizer):
-            if isinstance(piece, ImageSegment):
-                assert self.processor is not None
-                found.append(torch.from_numpy(self.processor(sample.images[piece.index])))
-            else:
-                found.append(torch.from_numpy(piece)[None])
-        prompt = Prompt(tuple(found), self.answer(pieces[-1], sample.answer))
-        length = sum(self.visual_tokens if piece.ndim == 4 else piece.shape[1] for piece in found)
-        if length + self.decode_steps > self.context:
-            raise UserError(f"a prompt of {length} tokens leaves no room in the context of {self.context}")
-        return prompt
+        pictures = [self.processor.picture(image) for image in sample.images] if self.processor else []
+        pieces = read(self.template, sample.question, pictures, self.tokenizer)
+        end = segments(self.template, sample.question, len(pictures))[-1]
+        return Prompt(tuple(pieces), self.answer(end, sample.answer))
 
     def answer(self, last: TextSegment | ImageSegment, answer: str | None) -> tuple[int, ...]:
         """The first ids that follow a prompt's last piece where it goes on with the answer."""
@@ -101,6 +97,29 @@ class Prompter:
             return ()
         before, whole = (self.tokenizer.encode(text) for text in (last.text, f"{last.text} {answer}"))
         return tuple(whole[len(before) :][: self.decode_steps])
+
+
+class Watched:
+    """The methods of a program, observed; `labels` are the positions of each modality in the next prompt's call."""
+
+    def __init__(self, observers: Mapping[str, Observer], program: Program) -> None:
+        self.observers = observers
+        self.signatures = {name: program.methods[name].signature for name in observers}
+        self.labels: dict[str, Tensor] = {}
+        self.tokens = {"image": 0, "text": 0}
+
+    def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
+        labels = {"image" if method == VISION else "text": torch.arange(1)}
+        if method in (ENCODER, DECODER):
+            labels, self.labels = self.labels or labels, {}
+            for name, positions in labels.items():
+                self.tokens[name] += len(positions)
+        outputs = self.observers[method].call(labels, *(torch.from_numpy(np.ascontiguousarray(x)) for x in inputs))
+        return [output.numpy() for output in outputs]
+
+    def reset(self) -> None:
+        for observer in self.observers.values():
+            observer.reset()
 
 
 def collect(
@@ -136,36 +155,31 @@ def collect(
         for method in METHODS
         if method in program
     }
-    vision, embedding, decoder = observers.get(METHODS[0]), observers[METHODS[1]], observers[METHODS[2]]
+    watched = Watched(observers, program)
+    dialogue = Dialogue(watched, prompter.template.start)
+    context = int(model.architecture.facts()["context"])
     count = images = 0
-    tokens = {"image": 0, "text": 0}
 
-    def embed(piece: Tensor) -> tuple[str, Tensor]:
-        if piece.ndim == 2:
-            return "text", embedding.call({}, piece)
-        assert vision is not None
-        return "image", vision.call({"image": torch.arange(1)}, piece)
+    def fitting(sample: Sample) -> tuple[Prompt, Read]:
+        """Raises UserError where a prompt cannot be made or exceeds the context, its pictures seen all the same."""
+        prompt = prompter(sample)
+        seen = dialogue.embed(prompt.pieces)
+        if seen.length + decode_steps > context:
+            raise UserError(f"a prompt of {seen.length} tokens leaves no room in the context of {context}")
+        return prompt, seen
 
-    for prompt in samples.prepared(prompter):
-        decoder.reset()
-        parts = [embed(piece) for piece in prompt.pieces]
-        embeds = torch.cat([part for _, part in parts], dim=1)
-        names = [name for name, part in parts for _ in range(part.shape[1])]
-        labels = {n: torch.tensor([i for i, of in enumerate(names) if of == n]) for n in sorted(set(names))}
-        position = torch.arange(embeds.shape[1])
-        logits = decoder.call(labels, embeds, position)
+    for prompt, seen in samples.prepared(fitting):
+        watched.reset()
+        named = {"image": seen.images_S, "text": ~seen.images_S}
+        watched.labels = {name: torch.from_numpy(where.nonzero()[0]) for name, where in named.items() if where.any()}
+        logits = dialogue.prefill(seen)
         for step in range(decode_steps):
             if prompt.answer and step >= len(prompt.answer):
                 break
-            token = prompt.answer[step] if prompt.answer else int(logits[0, -1].argmax())
+            token = prompt.answer[step] if prompt.answer else int(logits.argmax())
             if token in prompter.tokenizer.eos_ids:
                 break
-            _, embeds = embed(torch.tensor([[token]]))
-            position = position[-1:] + 1
-            logits = decoder.call({"text": torch.arange(1)}, embeds, position)
-            tokens["text"] += 1
-        for name, positions in labels.items():
-            tokens[name] += len(positions)
+            logits = dialogue.step(token)
         count, images = count + 1, images + prompt.images
         if count % max(1, samples.count // 8) == 0:
             progress(f"sample {count} of {samples.count}" + (f", {samples.skipped} skipped" if samples.skipped else ""))
@@ -182,7 +196,7 @@ def collect(
         decode_steps=decode_steps,
         skipped=samples.skipped,
         skipped_names=tuple(samples.skipped_names),
-        tokens=tokens,
+        tokens=watched.tokens,
         fingerprint=fingerprint(program, layers),
     )
     return Statistics(layers, origin)

@@ -158,12 +158,12 @@ class Observer(fx.Interpreter):
         for buffer in self.state:
             buffer.zero_()
 
-    def call(self, labels: Labels, *inputs: Tensor) -> Tensor:
-        """Run the method and count its layers' values; its first output."""
+    def call(self, labels: Labels, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the method and count its layers' values; its outputs."""
         self.labels = labels
         with torch.no_grad():
             result = self.run(*inputs)
-        return result[0] if isinstance(result, (tuple, list)) else result
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute one node; where it is a layer, count what it reads and gives."""

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from export.stages import Progress, peak_rss_bytes, reset_peak
+from graphs.dialogue import Segment
 from graphs.errors import UserError
-from runtimes.generate import Generation, Segment, generate
+from graphs.preprocess.picture import View, from_json
+from runtimes.generate import Generation, generate
 from runtimes.manifest import Bundle
 from runtimes.session import open_runtime
 
@@ -18,14 +21,18 @@ COLUMNS = ("vision_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms"
 
 
 def seeded_prompt(bundle: Bundle, prompt_tokens: int) -> list[Segment]:
-    """A random picture and `prompt_tokens` random ids. Raises UserError where the bundle is no image-text decoder."""
+    """A picture of noise, as the bundle's processor makes it, and `prompt_tokens` random ids.
+
+    Raises UserError where the bundle is no image-text decoder.
+    """
     inputs = {name: signature.inputs for name, signature in bundle.artifact.signatures.items()}
     if not {"vision_encoder", "token_embedding", "text_decoder"} <= set(inputs):
         raise UserError(f"{bundle.directory}: bench measures image-text decoders; this is {', '.join(inputs)}")
     generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, inputs["vision_encoder"][0].size({}), dtype=np.uint8)
+    noise = Image.fromarray(generator.integers(0, 256, (480, 640, 3), np.uint8))
+    picture = from_json(bundle.manifest["prompt"]["image"]).picture(noise)
     ids = generator.integers(0, inputs["token_embedding"][0].high, prompt_tokens)
-    return [pixels, ids.tolist()]
+    return [View(picture), ids.tolist()]
 
 
 def bench(

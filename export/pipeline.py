@@ -92,7 +92,7 @@ def prompt_record(model: Model, tokens: int | None) -> dict[str, Any]:
     processor = architecture.image_processor
     return {
         "template": asdict(architecture.template) if architecture.template else None,
-        "image": asdict(processor) if processor else None,
+        "image": processor.to_json() if processor else None,
         "bos_id": tokenizer.bos_id if tokenizer and tokenizer.adds_bos else None,
         "eos_ids": list(tokenizer.eos_ids) if tokenizer else [],
         "takes": "text and pictures" if tokenizer else "tensors only: the source has no tokenizer",

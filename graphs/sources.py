@@ -60,6 +60,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Plus:
+    """Add a number: norms whose stored weights are counted from one."""
+
+    value: float
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.float() + self.value
+
+
+@dataclass(frozen=True)
 class Source:
     """The tensor `key` of a checkpoint, or several joined along `dim`; then `operations` in turn."""
 

@@ -6,7 +6,7 @@ builds the modules behind its methods and knows how a public checkpoint names th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from graphs.errors import UserError
 
 if TYPE_CHECKING:
-    from graphs.preprocess.image import ImageProcessor
+    from graphs.preprocess.picture import Processor
     from graphs.preprocess.prompt import PromptTemplate
-    from graphs.preprocess.tiling import TilingProcessor
     from graphs.weights import Source
 
 
@@ -155,6 +154,10 @@ class Architecture:
     #: regular expressions of checkpoint tensors that the deployed graph does not use
     unused: ClassVar[tuple[str, ...]] = ()
 
+    def given(self, tensors: Container[str]) -> Self:
+        """This architecture with what only the names of a checkpoint's tensors tell, as `source` speaks of them."""
+        return self
+
     def unused_parameters(self) -> int:
         """How many parameters a public checkpoint carries beyond those of the graph."""
         return 0
@@ -168,7 +171,7 @@ class Architecture:
         return {}
 
     @property
-    def image_processor(self) -> ImageProcessor | TilingProcessor | None:
+    def image_processor(self) -> Processor | None:
         """How a picture becomes this model's pixels, alone or with other arrays; None where it takes no pictures."""
         return None
 

@@ -20,13 +20,14 @@ from graphs.errors import UserError
 from graphs.files import reason, shown
 from graphs.hub import resolve_checkpoint
 from graphs.safetensors_io import write_safetensors
-from graphs.sources import Permute, Reshape, Rows, Source, Transpose, by_prefix
+from graphs.sources import Permute, Plus, Reshape, Rows, Source, Transpose, by_prefix
 
 __all__ = [
     "Checkpoint",
     "ModuleWeights",
     "NamedWeights",
     "Permute",
+    "Plus",
     "RandomWeights",
     "Reshape",
     "Rows",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import numpy as np
-
+from graphs.dialogue import Caller
 from graphs.errors import UserError, nearest
+from graphs.preprocess.picture import Array
 from graphs.program import Signature
 
-Array = np.ndarray[Any, Any]
+__all__ = ["Array", "Artifact", "Caller", "Runtime", "Unavailable", "load_runtime"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,6 @@ class Artifact:
 
 class Unavailable(Exception):  # noqa: N818 (a finding, not an error)
     """This machine cannot run the runtime; the message says why in one line (no NVIDIA GPU, not macOS, ...)."""
-
-
-class Caller(Protocol):
-    """Methods that can be called; a stateful one continues from its last call until `reset`."""
-
-    def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
-        """Arrays in the order, shapes and dtypes of the method's signature, in and out."""
-        ...
-
-    def reset(self) -> None:
-        """Forget all state: the next call of a stateful method is the first."""
-        ...
 
 
 class Runtime(Caller, Protocol):

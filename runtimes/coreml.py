@@ -76,6 +76,7 @@ class CoreMLRuntime:
 
     def __init__(self, methods: Mapping[str, Method], version: str) -> None:
         self.methods = methods
+        self.signatures = {name: method.signature for name, method in methods.items()}
         self.version = version
 
     @classmethod

@@ -16,6 +16,7 @@ class EagerRuntime:
 
     def __init__(self, program: Program) -> None:
         self.version = f"torch {torch.__version__}"
+        self.signatures = {name: traced.signature for name, traced in program.methods.items()}
         self._program = program
         self._modules: dict[str, nn.Module] = {}
 

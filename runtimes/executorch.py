@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graphs.errors import UserError
 from graphs.files import reason
+from graphs.program import Signature
 from runtimes.base import Array, Artifact, Unavailable
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class Method:
 class ExecuTorchRuntime:
     """Loads every method at once; `reset` writes zeros over the caches."""
 
-    def __init__(self, methods: dict[str, Method]) -> None:
-        self.methods = methods
+    def __init__(self, methods: dict[str, Method], signatures: Mapping[str, Signature]) -> None:
+        self.methods, self.signatures = methods, signatures
         self.version = f"executorch {version('executorch')}"
 
     @classmethod
@@ -88,7 +89,7 @@ class ExecuTorchRuntime:
                 methods[name] = Method(programs[file], name, state)
             except (RuntimeError, KeyError, ValueError) as error:
                 raise UserError(f"{path}: ExecuTorch cannot load method '{name}': {reason(error)}") from error
-        return cls(methods)
+        return cls(methods, artifact.signatures)
 
     def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in inputs]

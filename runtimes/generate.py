@@ -6,17 +6,15 @@ Shape suffixes: S tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from graphs.dialogue import EMBEDDING, VISION, Caller, Dialogue, Segment
 from graphs.errors import UserError
-from runtimes.base import Array, Caller
-
-#: one stretch of a prompt: token ids, or what `vision_encoder` takes: raw pixels [1, 3, H, W] uint8, or several arrays
-Segment = list[int] | np.ndarray[Any, np.dtype[np.uint8]] | tuple[Array, ...]
+from runtimes.base import Array
 
 #: logits [V] of the next token to its id
 Sampler = Callable[[Array], int]
@@ -58,18 +56,21 @@ class Generation:
         return self.vision_seconds + self.embed_seconds + self.prefill_seconds
 
 
-def embed(runtime: Caller, segments: Sequence[Segment]) -> tuple[Array, float, float]:
-    """A prompt's embeddings [1, S, D], and the seconds spent on pictures and on text."""
-    seconds = {"vision_encoder": 0.0, "token_embedding": 0.0}
-    parts = []
-    for segment in segments:
-        is_text = isinstance(segment, list)
-        method = "token_embedding" if is_text else "vision_encoder"
+class Stopwatch:
+    """A runtime with the seconds spent in each of its methods."""
+
+    def __init__(self, runtime: Caller) -> None:
+        self.runtime, self.signatures = runtime, runtime.signatures
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
         start = time.perf_counter()
-        given = segment if isinstance(segment, tuple) else (np.array([segment], np.int64) if is_text else segment,)
-        parts += runtime.call(method, [np.asarray(array) for array in given])
-        seconds[method] += time.perf_counter() - start
-    return np.concatenate(parts, axis=1), seconds["vision_encoder"], seconds["token_embedding"]
+        outputs = self.runtime.call(method, inputs)
+        self.seconds[method] += time.perf_counter() - start
+        return outputs
+
+    def reset(self) -> None:
+        self.runtime.reset()
 
 
 def generate(
@@ -80,26 +81,27 @@ def generate(
     stop: Sequence[int] = (),
     max_new_tokens: int = 128,
     choose: Sampler = greedy,
+    start: tuple[int, ...] = (),
 ) -> Iterator[Generation]:
     """Yield the growing `Generation` after each token, until a token of `stop` (left out), the limit or a full context.
 
-    Raises UserError for an empty prompt or one longer than `context`.
+    `start`: ids that an encoded answer begins with. Raises UserError for an empty prompt or one longer than `context`.
     """
-    runtime.reset()
-    embeds_1SD, vision_seconds, embed_seconds = embed(runtime, segments)
-    length = embeds_1SD.shape[1]
-    if length >= context:
+    timed = Stopwatch(runtime)
+    dialogue = Dialogue(timed, start)
+    timed.reset()
+    prompt = dialogue.embed(segments)
+    if prompt.length >= context:
         raise UserError(
-            f"the prompt is {length} tokens long, pictures included; this bundle's context is {context}: shorten it, "
-            "or export with a larger --max-context"
+            f"the prompt is {prompt.length} tokens long, pictures included; this bundle's context is {context}: "
+            "shorten it, or export with a larger --max-context"
         )
-    state = Generation(length, vision_seconds, embed_seconds)
-    position = np.arange(length, dtype=np.int64)
+    state = Generation(prompt.length, timed.seconds[VISION], timed.seconds[EMBEDDING])
+    begin = time.perf_counter()
+    logits_V = dialogue.prefill(prompt)
     while True:
-        start = time.perf_counter()
-        (logits_1SV,) = runtime.call("text_decoder", [embeds_1SD, position])
-        token = choose(logits_1SV[0, -1])
-        seconds = time.perf_counter() - start
+        token = choose(logits_V)
+        seconds = time.perf_counter() - begin
         if state.tokens:
             state.decode_seconds.append(seconds)
         else:
@@ -109,7 +111,7 @@ def generate(
             return
         state.tokens.append(token)
         yield state
-        position = position[-1:] + 1
-        if len(state.tokens) >= max_new_tokens or position[0] >= context:
+        if len(state.tokens) >= max_new_tokens or dialogue.position >= context:
             return
-        (embeds_1SD,) = runtime.call("token_embedding", [np.array([[token]], np.int64)])
+        begin = time.perf_counter()
+        logits_V = dialogue.step(token)

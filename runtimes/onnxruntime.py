@@ -10,6 +10,7 @@ import numpy as np
 
 from graphs.errors import UserError
 from graphs.files import reason
+from graphs.program import Signature
 from runtimes.base import Array, Artifact, Unavailable
 from runtimes.onnx_files import checked_model
 
@@ -65,8 +66,8 @@ class Session:
 class OnnxRuntime:
     """Runs on the CPU; `details["threads"]` sets the threads of one operator (default: the machine's cores)."""
 
-    def __init__(self, sessions: Mapping[str, Session], version: str) -> None:
-        self.sessions = sessions
+    def __init__(self, sessions: Mapping[str, Session], signatures: Mapping[str, Signature], version: str) -> None:
+        self.sessions, self.signatures = sessions, signatures
         self.version = version
 
     @classmethod
@@ -87,7 +88,7 @@ class OnnxRuntime:
             except Exception as error:  # its error types share no public base class
                 raise UserError(f"{path}: ONNX Runtime cannot load it: {reason(error)}") from error
             sessions[method] = Session(session, details["state"], frozenset(details["in_place"]))
-        return cls(sessions, f"onnxruntime {onnxruntime.__version__}")
+        return cls(sessions, artifact.signatures, f"onnxruntime {onnxruntime.__version__}")
 
     def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
         return self.sessions[method].call(inputs)

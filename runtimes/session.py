@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
 from calibration.source import again
 from graphs.compress.base import apply, parse
+from graphs.dialogue import Segment
 from graphs.errors import UserError
 from graphs.model import Request, load_model
-from graphs.preprocess.image import ImageProcessor
-from graphs.preprocess.prompt import ImageSegment, PromptTemplate, segments, tokenize
-from graphs.preprocess.tiling import TilingProcessor
+from graphs.preprocess.picture import Processor, from_json, tuples
+from graphs.preprocess.prompt import PromptTemplate, read
 from graphs.preprocess.tokenizer import Tokenizer, load_tokenizer
 from graphs.program import Program
 from graphs.trace import trace
@@ -22,7 +21,7 @@ from quant.apply import Quantization
 from quant.resolve import Resolved
 from runtimes.base import Runtime, Unavailable, load_runtime
 from runtimes.eager import EagerRuntime
-from runtimes.generate import Generation, Sampler, Segment, generate, greedy
+from runtimes.generate import Generation, Sampler, generate, greedy
 from runtimes.manifest import Bundle
 
 
@@ -56,17 +55,6 @@ def open_runtime(bundle: Bundle, name: str | None = None) -> Runtime:
         raise UserError(f"{bundle.target} cannot run on this machine: {why}; try --runtime eager") from why
 
 
-def tuples(value: Any) -> Any:
-    """JSON lists as the tuples that they were, all the way down."""
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-
-def processor_from_json(record: dict[str, Any]) -> ImageProcessor | TilingProcessor:
-    """The inverse of `asdict` of a processor; only one that tiles has resolutions to choose from."""
-    fields = {key: tuples(value) for key, value in record.items()}
-    return TilingProcessor(**fields) if "pinpoints" in fields else ImageProcessor(**fields)
-
-
 @dataclass(frozen=True)
 class Session:
     """Answers prompts about pictures."""
@@ -74,7 +62,7 @@ class Session:
     runtime: Runtime
     tokenizer: Tokenizer
     template: PromptTemplate
-    processor: ImageProcessor | TilingProcessor | None
+    processor: Processor | None
     context: int
 
     @classmethod
@@ -89,8 +77,8 @@ class Session:
         return cls(
             open_runtime(bundle, runtime),
             tokenizer,
-            PromptTemplate(**prompt["template"]),
-            processor_from_json(prompt["image"]) if prompt["image"] else None,
+            PromptTemplate(**{key: tuples(value) for key, value in prompt["template"].items()}),
+            from_json(prompt["image"]) if prompt["image"] else None,
             prompt["context"],
         )
 
@@ -98,14 +86,8 @@ class Session:
         """Token ids and pixels in the order the decoder reads them."""
         if images and self.processor is None:
             raise UserError("this model takes no pictures")
-        parts: list[Segment] = []
-        for piece in tokenize(segments(self.template, prompt, len(images)), self.tokenizer):
-            if isinstance(piece, ImageSegment):
-                assert self.processor is not None
-                parts.append(self.processor(images[piece.index]))
-            else:
-                parts.append(piece.tolist())
-        return parts
+        pictures = [self.processor.picture(image) for image in images] if self.processor else []
+        return list(read(self.template, prompt, pictures, self.tokenizer))
 
     def stream(
         self, prompt: str, images: Sequence[Image.Image], max_new_tokens: int = 128, choose: Sampler = greedy
@@ -118,6 +100,7 @@ class Session:
             stop=self.tokenizer.eos_ids,
             max_new_tokens=max_new_tokens,
             choose=choose,
+            start=self.template.start,
         )
 
     def answer(self, prompt: str, images: Sequence[Image.Image], max_new_tokens: int = 128) -> tuple[str, Generation]:

@@ -166,6 +166,7 @@ class TensorRTRuntime:
     def __init__(self, trt: Any, memory: Memory, artifact: Artifact) -> None:
         library = LIBRARIES[artifact.details["builder"]["name"]]
         self.version = f"{library.title} {trt.__version__} on {memory.device}"
+        self.signatures = artifact.signatures
         self._logger = collecting_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engines: dict[str, MethodEngine] = {}

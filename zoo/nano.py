@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from graphs.architectures.mobilevlm import MobileVLM
 from graphs.components.image_text import VisionEncoder
-from graphs.components.text.llama import LlamaDecoder
+from graphs.components.text.decoder import TextDecoder
 from graphs.components.vision.clip import ClipVisionTower
 from zoo.packing import COLORS, IGNORED, NAMES, Batch, Encoder, mask, pixels
 
@@ -33,7 +33,7 @@ class Nano(nn.Module):
         self.root = architecture.build()
         self.vision = cast(VisionEncoder, self.root.vision_encoder)
         self.embed = cast(nn.Embedding, self.root.token_embedding)
-        self.decoder = cast(LlamaDecoder, self.root.text_decoder)
+        self.decoder = cast(TextDecoder, self.root.text_decoder)
 
     @classmethod
     def load(cls, directory: Path | str) -> Nano:

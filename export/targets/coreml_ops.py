@@ -18,7 +18,7 @@ from export.targets import coreml_quant
 def index_copy(context: Any, node: Any) -> None:
     """`source` written into `x` at consecutive positions along `dim`, as one `slice_update` from the first position.
 
-    A decoder's positions are consecutive by contract (`graphs.components.text.llama`), and a slice is what Core ML
+    A decoder's positions are consecutive by contract (`graphs.components.text.decoder`), and a slice is what Core ML
     updates in place in a state; coremltools has no converter for this operator.
     """
     from coremltools.converters import mil

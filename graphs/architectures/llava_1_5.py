@@ -16,16 +16,19 @@ from torch import nn
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.connectors.mlp import MLPProjector
 from graphs.components.image_text import MAX_CONTEXT, ImageTextDecoder, VisionEncoder
-from graphs.components.text import llama
-from graphs.components.text.llama import LlamaConfig
+from graphs.components.text.config import FAMILIES, TextConfig
 from graphs.components.vision import clip
 from graphs.components.vision.clip import CLIP_LARGE_336, ClipVisionConfig, ClipVisionTower, read_tower, selected
 from graphs.config import ConfigReader
 from graphs.preprocess.image import ImageProcessor, read_processor
+from graphs.preprocess.picture import Normalized
 from graphs.preprocess.prompt import USER_ASSISTANT, VICUNA_V1, PromptTemplate
-from graphs.preprocess.tiling import TilingProcessor
 from graphs.spec import Variant
 from graphs.weights import Source, by_prefix
+
+
+#: the decoders that read embeddings as they are; Gemma's, say, would scale those of pictures too
+DECODERS = {name: FAMILIES[name] for name in ("llama", "mistral", "qwen2")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Llava(ImageTextDecoder):
     )
 
     vision: ClipVisionConfig
-    text: LlamaConfig
+    text: TextConfig
     projector: LlavaProjector = LlavaProjector()
     select_layer: int | tuple[int, ...] = -2
     drop_first: bool = True
@@ -75,10 +78,10 @@ class Llava(ImageTextDecoder):
 
     @classmethod
     def variants(cls) -> tuple[Variant, ...]:
-        vicuna_7b = LlamaConfig(4096, 11008, 32, 32, 32, 32064, 4096, rms_norm_eps=1e-5)
-        vicuna_13b = LlamaConfig(5120, 13824, 40, 40, 40, 32064, 4096, rms_norm_eps=1e-5)
+        vicuna_7b = TextConfig(4096, 11008, 32, 32, 32, 32064, 4096, rms_norm_eps=1e-5)
+        vicuna_13b = TextConfig(5120, 13824, 40, 40, 40, 32064, 4096, rms_norm_eps=1e-5)
         tiny_vision = ClipVisionConfig(64, 128, 3, 4, 48, 8)
-        tiny_text = LlamaConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=96)
+        tiny_text = TextConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=96)
         return (
             Variant("tiny", cls(tiny_vision, tiny_text)),
             Variant("llava-1.5-7b", cls(CLIP_LARGE_336, vicuna_7b), "llava-hf/llava-1.5-7b-hf", 7_060_000_000),
@@ -100,9 +103,9 @@ class Llava(ImageTextDecoder):
         # LlavaConfig replaces the defaults of a tower only where it is not described at all
         vision = ClipVisionConfig.from_reader(section, clip.FAMILIES[kind]) if section.values else CLIP_LARGE_336
         section = reader.section("text_config")
-        family = llama.FAMILIES[section.choice("model_type", llama.FAMILIES, default="llama")]
+        family = DECODERS[section.choice("model_type", DECODERS, default="llama")]
         tied = section.bool("tie_word_embeddings", False) or reader.bool("tie_word_embeddings", False)
-        text = LlamaConfig.from_reader(
+        text = TextConfig.from_reader(
             ConfigReader({**section.values, "tie_word_embeddings": tied}, section.where), family
         )
         strategy = reader.choice("vision_feature_select_strategy", ("default", "full"), default="default")
@@ -128,7 +131,7 @@ class Llava(ImageTextDecoder):
         side = vision.image_size
         return cls(
             vision=vision,
-            text=LlamaConfig.from_reader(reader),
+            text=TextConfig.from_reader(reader),
             select_layer=read_layers(reader, "mm_vision_select_layer", vision),
             drop_first=feature == "patch",
             original=True,
@@ -171,7 +174,7 @@ class Llava(ImageTextDecoder):
         return above * self.vision.layer_parameters + 2 * self.vision.hidden_size
 
     @property
-    def image_processor(self) -> ImageProcessor | TilingProcessor:
+    def image_processor(self) -> Normalized:
         side = self.vision.image_size
         return self.processor or ImageProcessor(side, crop_size=(side, side))
 

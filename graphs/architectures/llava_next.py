@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from graphs.architectures.llava_1_5 import Llava
 from graphs.components.image_text import VisionEncoder
-from graphs.components.text.llama import LlamaConfig
+from graphs.components.text.config import TextConfig
 from graphs.components.vision.clip import CLIP_LARGE_336, ClipVisionConfig
 from graphs.config import ConfigReader
 from graphs.preprocess.image import MAX_SIDE
 from graphs.preprocess.prompt import PromptTemplate
 from graphs.preprocess.tiling import TilingProcessor
-from graphs.spec import Dim, Method, TensorSpec, Variant
+from graphs.spec import Dim, TensorSpec, Variant
 from graphs.weights import Source
 
 #: resolutions (height, width) where a config.json names none
@@ -84,12 +84,12 @@ class LlavaNext(Llava):
 
     @classmethod
     def variants(cls) -> tuple[Variant, ...]:
-        vicuna_7b = LlamaConfig(4096, 11008, 32, 32, 32, 32064, 4096, rms_norm_eps=1e-5)
-        vicuna_13b = LlamaConfig(5120, 13824, 40, 40, 40, 32064, 4096, rms_norm_eps=1e-5)
-        mistral = LlamaConfig(4096, 14336, 32, 32, 8, 32064, 32768, rms_norm_eps=1e-5, rope_theta=1e6)
-        yi_34b = LlamaConfig(7168, 20480, 60, 56, 8, 64064, 4096, rms_norm_eps=1e-5, rope_theta=5e6)
+        vicuna_7b = TextConfig(4096, 11008, 32, 32, 32, 32064, 4096, rms_norm_eps=1e-5)
+        vicuna_13b = TextConfig(5120, 13824, 40, 40, 40, 32064, 4096, rms_norm_eps=1e-5)
+        mistral = TextConfig(4096, 14336, 32, 32, 8, 32064, 32768, rms_norm_eps=1e-5, rope_theta=1e6)
+        yi_34b = TextConfig(7168, 20480, 60, 56, 8, 64064, 4096, rms_norm_eps=1e-5, rope_theta=5e6)
         tiny_vision = ClipVisionConfig(64, 128, 3, 4, 24, 8)
-        tiny_text = LlamaConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=160)
+        tiny_text = TextConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=160)
         pinpoints = ((24, 48), (48, 24), (48, 48))
         hub = "llava-hf/llava-v1.6"
         return (
@@ -138,16 +138,17 @@ class LlavaNext(Llava):
         assert isinstance(tile, VisionEncoder)
         return TiledEncoder(tile, self.text.hidden_size)
 
-    def methods(self, root: nn.Module) -> tuple[Method, ...]:
-        _, *others = super().methods(root)
+    def vision_inputs(self) -> tuple[TensorSpec, ...]:
         side, (fewest, most) = self.vision.image_size, self.tiling.tiles
         tiles = Dim("tiles", fewest, most) if fewest < most else most
         rows = Dim("visual_tokens", 1, self.visual_tokens)
-        pixels = TensorSpec("pixel_values", (tiles, 3, side, side), torch.uint8, "pixels")
-        packing = TensorSpec("packing", (rows,), torch.int64, "ids", fewest * self.vision.grid**2 + 1)
-        image_embeds = TensorSpec("image_embeds", (1, rows, self.text.hidden_size))
-        encoder = root.get_submodule("vision_encoder")
-        return (Method("vision_encoder", encoder, (pixels, packing), (image_embeds,)), *others)
+        return (
+            TensorSpec("pixel_values", (tiles, 3, side, side), torch.uint8, "pixels"),
+            TensorSpec("packing", (rows,), torch.int64, "ids", fewest * self.vision.grid**2 + 1),
+        )
+
+    def image_embeds(self) -> TensorSpec:
+        return TensorSpec("image_embeds", (1, Dim("visual_tokens", 1, self.visual_tokens), self.text.hidden_size))
 
     def source(self, parameter: str) -> Source:
         if parameter == "vision_encoder.image_newline":

@@ -14,7 +14,7 @@ from torch import nn
 
 from graphs.components.connectors.ldp import LDP, LDPv2
 from graphs.components.image_text import MAX_CONTEXT, ImageTextDecoder, VisionEncoder
-from graphs.components.text.llama import LlamaConfig
+from graphs.components.text.config import TextConfig
 from graphs.components.vision.clip import CLIP_LARGE_336, ClipVisionConfig, ClipVisionTower, read_tower
 from graphs.config import ConfigReader
 from graphs.preprocess.image import ImageProcessor, read_processor
@@ -57,7 +57,7 @@ class MobileVLM(ImageTextDecoder):
     )
 
     vision: ClipVisionConfig
-    text: LlamaConfig
+    text: TextConfig
     projector: str
     select_layer: int = -2
     processor: ImageProcessor | None = None  # None: padded to a square and resized to the tower's, CLIP's statistics
@@ -65,11 +65,11 @@ class MobileVLM(ImageTextDecoder):
 
     @classmethod
     def variants(cls) -> tuple[Variant, ...]:
-        llama_1b = LlamaConfig(2048, 5632, 24, 16, 16, 32000)
-        llama_3b = LlamaConfig(2560, 6912, 32, 32, 32, 32000)
-        llama_7b = LlamaConfig(4096, 11008, 32, 32, 32, 32000, rms_norm_eps=1e-5)
+        llama_1b = TextConfig(2048, 5632, 24, 16, 16, 32000)
+        llama_3b = TextConfig(2560, 6912, 32, 32, 32, 32000)
+        llama_7b = TextConfig(4096, 11008, 32, 32, 32, 32000, rms_norm_eps=1e-5)
         tiny_vision = ClipVisionConfig(64, 128, 3, 4, 48, 8)
-        tiny_text = LlamaConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=64)
+        tiny_text = TextConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=64)
         # the second version pools to 144 tokens whatever the picture, which a context of 64 could not hold
         wide_vision = replace(tiny_vision, image_size=96, patch_size=4)
         long_text = replace(tiny_text, max_position_embeddings=192)
@@ -92,7 +92,7 @@ class MobileVLM(ImageTextDecoder):
         vision = read_tower(reader)
         return cls(
             vision=vision,
-            text=LlamaConfig.from_reader(reader),
+            text=TextConfig.from_reader(reader),
             projector=reader.choice("mm_projector_type", PROJECTORS),
             select_layer=reader.int("mm_vision_select_layer", -2, low=-vision.num_hidden_layers, high=-1),
             processor=read_processor(preprocessor, vision.image_size, config.get("image_aspect_ratio")),

@@ -23,10 +23,16 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)))
 
 
+def relu2(x: Tensor) -> Tensor:
+    """The squared ReLU (Primer, arXiv 2109.08668)."""
+    return F.relu(x) * F.relu(x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
     "relu": F.relu,
+    "relu2": relu2,
     "silu": F.silu,
 }

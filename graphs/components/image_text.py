@@ -8,10 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from graphs.components.text.llama import LlamaConfig, LlamaDecoder
+from graphs.components.text.cache import caches
+from graphs.components.text.config import TextConfig
+from graphs.components.text.decoder import TextDecoder, TokenEmbedding
 from graphs.components.vision.pixels import NormalizePixels
-from graphs.preprocess.image import ImageProcessor
-from graphs.preprocess.tiling import TilingProcessor
+from graphs.preprocess.picture import Normalized
 from graphs.spec import Architecture, Dim, Method, TensorSpec
 
 #: the longest context a bundle keeps a cache for, unless the checkpoint's is shorter
@@ -21,7 +22,7 @@ MAX_CONTEXT = 2048
 class VisionEncoder(nn.Module):
     """Raw pixels [1, 3, H, W] uint8 to image embeddings [1, M, D]: normalisation, tower, projector."""
 
-    def __init__(self, pixels: ImageProcessor | TilingProcessor, tower: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, pixels: Normalized, tower: nn.Module, projector: nn.Module) -> None:
         super().__init__()
         self.normalize = NormalizePixels(pixels.image_mean, pixels.image_std, pixels.rescale_factor)
         self.tower = tower
@@ -39,7 +40,7 @@ class ImageTextDecoder(Architecture):
 
     kind = "vlm_decoder"
 
-    text: LlamaConfig
+    text: TextConfig
     max_context: int
 
     @property
@@ -74,30 +75,42 @@ class ImageTextDecoder(Architecture):
             "vocab_size": self.text.vocab_size,
         }
 
+    def decoder(self) -> nn.Module:
+        """The module behind `text_decoder`; its caches are `KVCache`s."""
+        return TextDecoder(self.text, self.context)
+
+    def embedding(self) -> nn.Module:
+        """The module behind `token_embedding`."""
+        return TokenEmbedding(self.text)
+
+    def vision_inputs(self) -> tuple[TensorSpec, ...]:
+        """What `vision_encoder` takes."""
+        return (TensorSpec("pixel_values", (1, 3, self.image_size, self.image_size), torch.uint8, "pixels"),)
+
+    def image_embeds(self) -> TensorSpec:
+        """What `vision_encoder` gives."""
+        return TensorSpec("image_embeds", (1, self.visual_tokens, self.text.hidden_size))
+
     def build(self) -> nn.Module:
         root = nn.Module()
         root.vision_encoder = self.encoder()
-        root.token_embedding = nn.Embedding(self.text.vocab_size, self.text.hidden_size)
-        root.text_decoder = LlamaDecoder(self.text, self.context)
+        root.token_embedding = self.embedding()
+        root.text_decoder = self.decoder()
         return root
 
     def methods(self, root: nn.Module) -> tuple[Method, ...]:
-        text, side = self.text, self.image_size
+        text, decoder = self.text, root.get_submodule("text_decoder")
         length = Dim("sequence", 1, self.context)
-        pixels = TensorSpec("pixel_values", (1, 3, side, side), torch.uint8, "pixels")
-        image_embeds = TensorSpec("image_embeds", (1, self.visual_tokens, text.hidden_size))
         ids = TensorSpec("input_ids", (1, length), torch.int64, "ids", text.vocab_size)
         inputs_embeds = TensorSpec("inputs_embeds", (1, length, text.hidden_size))
-        position = TensorSpec("cache_position", (length,), torch.int64, "positions")
+        positions = [TensorSpec("cache_position", (length,), torch.int64, "positions")]
+        if text.mrope_section:
+            positions.append(TensorSpec("rope_position", (3, length), torch.int64, "positions"))
         logits = TensorSpec("logits", (1, length, text.vocab_size))
-        cache_shape = (1, text.num_key_value_heads, self.context, text.head_width)
-        caches = tuple(
-            TensorSpec(f"layers.{layer}.cache.{part}", cache_shape)
-            for layer in range(text.num_hidden_layers)
-            for part in ("k", "v")
-        )
         return (
-            Method("vision_encoder", root.get_submodule("vision_encoder"), (pixels,), (image_embeds,)),
+            Method(
+                "vision_encoder", root.get_submodule("vision_encoder"), self.vision_inputs(), (self.image_embeds(),)
+            ),
             Method("token_embedding", root.get_submodule("token_embedding"), (ids,), (inputs_embeds,)),
-            Method("text_decoder", root.get_submodule("text_decoder"), (inputs_embeds, position), (logits,), caches),
+            Method("text_decoder", decoder, (inputs_embeds, *positions), (logits,), caches(decoder)),
         )

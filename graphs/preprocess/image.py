@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from graphs.config import ConfigReader
 from graphs.errors import UserError, nearest
 from graphs.files import reason, shown
+from graphs.preprocess.picture import Normalized
 
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte of RGB, where Pillow too begins to suspect a decompression bomb
 MAX_SIDE = 8192
@@ -40,7 +41,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "do_center_crop": False,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
-    }
+    },
+    "BlipImageProcessor": {"size": {"height": 384, "width": 384}, "do_center_crop": False},
 }
 
 
@@ -88,7 +90,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class ImageProcessor:
+class ImageProcessor(Normalized):
     """How a picture becomes the pixels of one model.
 
     In turn: pad to a square (`aspect_ratio` "pad"), resize (`shortest_edge`, or else `height` and `width`), crop the
@@ -218,3 +220,6 @@ def _crop_size(reader: ConfigReader) -> tuple[int, int]:
         return side, side
     size = reader.section("crop_size")
     return size.int("height", high=MAX_SIDE), size.int("width", high=MAX_SIDE)
+
+
+PROCESSOR = ImageProcessor

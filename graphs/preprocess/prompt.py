@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphs.errors import UserError
+from graphs.preprocess.picture import Picture, View
 from graphs.preprocess.tokenizer import Tokenizer
 
 
@@ -28,6 +29,8 @@ class PromptTemplate:
     assistant: str = ""
     image: str = "<image>"
     image_separator: str = "\n"  # after each image that the question does not place itself
+    start: tuple[int, ...] = ()  # ids that the answer begins with, where an encoder reads the prompt
+    images_first: bool = False  # pictures that lead stand before the token that begins a text
 
     def render(self, prompt: str, images: int) -> str:
         """The whole prompt, with one placeholder an image.
@@ -73,6 +76,9 @@ class ImageSegment:
 
 Segment = TextSegment | ImageSegment
 
+#: one stretch of a tokenized prompt
+Piece = list[int] | View
+
 
 def segments(template: PromptTemplate, prompt: str, images: int) -> list[Segment]:
     """The prompt in order, cut at its images. Raises: UserError as `PromptTemplate.render`."""
@@ -85,19 +91,24 @@ def segments(template: PromptTemplate, prompt: str, images: int) -> list[Segment
     return found
 
 
-def tokenize(pieces: Sequence[Segment], tokenizer: Tokenizer) -> list[NDArray[np.int64] | ImageSegment]:
+def tokenize(
+    pieces: Sequence[Segment], tokenizer: Tokenizer, images_first: bool = False
+) -> list[NDArray[np.int64] | ImageSegment]:
     """The segments with ids for text: int64 [T] arrays, T > 0, and image segments as they are.
 
-    Where the tokenizer adds a token that begins a text, it stands once, before everything.
+    Where the tokenizer adds a token that begins a text, it stands once, before everything; with `images_first` behind
+    the pictures that lead, whose text begins anew there and is tokenized by itself.
     """
     begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    parts = _whole(pieces, tokenizer) or [
+    parts = (not images_first and _whole(pieces, tokenizer)) or [
         piece if isinstance(piece, ImageSegment) else tokenizer.encode(piece.text) for piece in pieces
     ]
-    if parts and not isinstance(parts[0], ImageSegment):
-        parts[0] = begin + parts[0]
+    lead = next((i for i, part in enumerate(parts) if not isinstance(part, ImageSegment)), len(parts))
+    place = lead if images_first else 0
+    if place < len(parts) and not isinstance(text := parts[place], ImageSegment):
+        parts[place] = begin + text
     elif begin:
-        parts.insert(0, begin)
+        parts.insert(place, begin)
     return [
         part if isinstance(part, ImageSegment) else np.array(part, dtype=np.int64)
         for part in parts
@@ -121,3 +132,45 @@ def _whole(pieces: Sequence[Segment], tokenizer: Tokenizer) -> list[list[int] | 
         parts += [ids[start:place], image]
         start = place + 1
     return [*parts, ids[start:]]
+
+
+def read(template: PromptTemplate, prompt: str, pictures: Sequence[Picture], tokenizer: Tokenizer) -> list[Piece]:
+    """The prompt as ids and the places of pictures, in order.
+
+    Pictures with a text of their own are written out in the prompt, which is tokenized whole; each token that is the
+    template's placeholder then stands for the next embedding. Raises: UserError as `PromptTemplate.render`, and where
+    the tokenizer does not know the placeholder that such a text needs.
+    """
+    if not any(picture.text for picture in pictures):
+        parts = tokenize(segments(template, prompt, len(pictures)), tokenizer, template.images_first)
+        return [View(pictures[p.index]) if isinstance(p, ImageSegment) else p.tolist() for p in parts]
+    texts = iter(picture.text for picture in pictures)
+    head, *rest = template.render(prompt, len(pictures)).split(template.image)
+    ids = tokenizer.encode(head + "".join(next(texts) + text for text in rest))
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id, *ids]
+    mark = tokenizer.encode(template.image)
+    wanted = [picture.text.count(template.image) for picture in pictures]
+    if len(mark) != 1 or ids.count(mark[0]) != sum(wanted):
+        raise UserError(f"the tokenizer has no token of its own for {template.image}, where pictures are read")
+    return placed(ids, mark[0], pictures, wanted)
+
+
+def placed(ids: Sequence[int], mark: int, pictures: Sequence[Picture], counts: Sequence[int]) -> list[Piece]:
+    """Ids with every run of `mark` exchanged for views: the next embeddings of picture after picture, `counts` each."""
+    found: list[Piece] = []
+    order = iter((index, row) for index, count in enumerate(counts) for row in range(count))
+    for token in ids:
+        last = found[-1] if found else None
+        if token != mark:
+            if isinstance(last, list):
+                last.append(token)
+            else:
+                found.append([token])
+            continue
+        index, row = next(order)
+        if isinstance(last, View) and last.picture is pictures[index] and row:
+            found[-1] = View(last.picture, last.start, row + 1, mark)
+        else:
+            found.append(View(pictures[index], row, row + 1, mark))
+    return found

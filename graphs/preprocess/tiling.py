@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from graphs.preprocess.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from graphs.preprocess.picture import Normalized
 
 #: row of the newline among the rows that the encoder gathers from; embeddings follow, tile by tile
 NEWLINE = 0
@@ -64,7 +65,7 @@ def packing(height: int, width: int, resolution: tuple[int, int], side: int, gri
 
 
 @dataclass(frozen=True)
-class TilingProcessor:
+class TilingProcessor(Normalized):
     """How a picture becomes tiles and rows. `side`: of a tile, in pixels. `grid`: embeddings along it.
 
     `pinpoints`: the resolutions (height, width) to choose from. The rest as in `ImageProcessor`.
@@ -113,3 +114,6 @@ class TilingProcessor:
         ]
         pixels = np.stack([np.asarray(tile).transpose(2, 0, 1) for tile in tiles])
         return pixels, packing(image.height, image.width, resolution, self.side, self.grid)
+
+
+PROCESSOR = TilingProcessor

@@ -49,7 +49,7 @@ def test_sharing_and_weights_applied_twice() -> None:
     real, observing = observer()
     x = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1))
     labels = {"image": torch.tensor([1, 2]), "text": torch.tensor([0, 3])}
-    result = observing.call(labels, x)
+    (result,) = observing.call(labels, x)
     torch.testing.assert_close(result, real(x).detach())
     found = {entry: layer for (_, entry), layer in observing.statistics().items()}
     assert set(found) == {"a.weight", "b.weight", "b2.weight", "c.weight", "d.weight"}

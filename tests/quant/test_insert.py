@@ -12,6 +12,7 @@ from calibration.collect import Prompter
 from calibration.samples import zoo_samples
 from calibration.source import Calibration
 from calibration.statistics import Statistics
+from graphs.dialogue import Dialogue
 from graphs.errors import UserError
 from graphs.model import Model, Request, load_model
 from graphs.program import Program
@@ -20,6 +21,7 @@ from quant.apply import Quantization
 from quant.precision import CastFloats
 from quant.recipe import Recipe, Rule
 from quant.resolve import Resolved, resolve
+from runtimes.eager import EagerRuntime
 from tests.quant.everything import Everything
 
 EVERYTHING = Everything()
@@ -57,8 +59,7 @@ def embeddings() -> Tensor:
     """A held-out picture and its question, as the decoder reads them."""
     model, program = nano()
     prompt = Prompter(model, program, 0)(next(iter(zoo_samples(1, 5))))
-    methods = {4: "vision_encoder", 2: "token_embedding"}
-    return torch.cat([run(program, methods[piece.ndim], piece) for piece in prompt.pieces], dim=1)
+    return torch.from_numpy(Dialogue(EagerRuntime(program)).embed(prompt.pieces).embeds_1SD)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

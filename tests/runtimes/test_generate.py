@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from graphs.dialogue import Segment
 from graphs.errors import UserError
 from graphs.model import Request, load_model
 from graphs.trace import trace
 from runtimes.base import Array
 from runtimes.eager import EagerRuntime
-from runtimes.generate import Segment, generate, sampler
+from runtimes.generate import generate, sampler
 
 MODEL = load_model(Request("mobilevlm", "tiny"))
 RUNTIME = EagerRuntime(trace(MODEL.architecture, MODEL.weights))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from graphs.spec import TensorSpec
+
 #: added to the score of a key that a query may not see; finite, so that fp16 has it and no guard against NaN is needed
 MASKED = -30000.0
 
@@ -30,13 +32,26 @@ class KVCache(nn.Module):
         return self.k, self.v
 
 
-def causal_mask(position_S: Tensor, context: int, dtype: torch.dtype, window: int = 0) -> Tensor:
+def causal_mask(position_S: Tensor, context: int, dtype: torch.dtype, window: int = 0, prefix: bool = False) -> Tensor:
     """[S, C] to add to scores: 0 where key c is at or before the query's position, `MASKED` elsewhere.
 
-    With a `window`, only the last `window` keys are seen, the query's own among them.
+    With a `window`, only the last `window` keys are seen, the query's own among them. With `prefix`, all keys of the
+    same call are seen besides: a prompt read in one call is bidirectional, what is generated after it causal.
     """
     key_C, position_S1 = torch.arange(context, device=position_S.device), position_S.unsqueeze(1)
     visible_SC = key_C <= position_S1
     if 0 < window < context:
         visible_SC = visible_SC & (key_C > position_S1 - window)
+    if prefix:
+        visible_SC = visible_SC | ((key_C >= position_S[:1]) & (key_C <= position_S[-1:]))
     return torch.where(visible_SC, 0.0, MASKED).to(dtype)
+
+
+def caches(decoder: nn.Module) -> tuple[TensorSpec, ...]:
+    """The state of every `KVCache` in a decoder, by name."""
+    return tuple(
+        TensorSpec(f"{name}.{part}", tuple(buffer.shape))
+        for name, module in decoder.named_modules()
+        if isinstance(module, KVCache)
+        for part, buffer in module.named_buffers()
+    )

@@ -6,7 +6,7 @@ Shape suffixes: C positions, S tokens, K head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,13 @@ class RopeScaling:
 
 
 #: `rope_type` of a config.json -> whether frequencies are scaled
-ROPE_TYPES: Mapping[str, bool] = {"default": False, "linear": True, "llama3": True}
+ROPE_TYPES: Mapping[str, bool] = {
+    "default": False,
+    "mrope": False,  # positions of three components, as `mrope_section` says
+    "dynamic": False,  # changes nothing within the context of pre-training, which bounds a bundle's
+    "linear": True,
+    "llama3": True,
+}
 
 
 class RotaryTable(nn.Module):
@@ -69,6 +75,21 @@ class RotaryTable(nn.Module):
 
     def forward(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos.index_select(0, position_S), self.sin.index_select(0, position_S)
+
+
+def mixed(table: RotaryTable, position_3S: Tensor, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, K] of positions with three components (M-RoPE of Qwen2-VL, arXiv 2409.12191).
+
+    Of each half of a head, the first `sections[0]` pairs turn by the first component, the next by the second, ...
+    """
+    length = position_3S.shape[1]
+    parts = [part.reshape(3, length, table.head_width) for part in table(position_3S.reshape(-1))]
+
+    def chosen(part_3SK: Tensor) -> Tensor:
+        pieces = part_3SK.split([*sections, *sections], dim=-1)
+        return torch.cat([piece[index % 3] for index, piece in enumerate(pieces)], dim=-1)
+
+    return chosen(parts[0]), chosen(parts[1])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -27,12 +27,13 @@ from export.pipeline import ExportOptions, export
 from export.stages import silent
 from graphs.architectures.llava_1_5 import Llava
 from graphs.components.vision.clip import CLIP_LARGE_336
+from graphs.dialogue import Dialogue
 from graphs.errors import UserError
 from graphs.model import Request, load_model
 from graphs.preprocess.tokenizer import load_tokenizer
 from graphs.trace import count_parameters, trace
 from runtimes.eager import EagerRuntime
-from runtimes.generate import embed, generate
+from runtimes.generate import generate
 from runtimes.manifest import Bundle
 from runtimes.session import Session
 from tests.numbers import relative_l2
@@ -123,7 +124,7 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
             segments = [before, *(part for pixels in pictures[:count] for part in (pixels, after))]
             ids = torch.tensor([before + (place + after) * count])
             seen = {"pixel_values": normal[:count]} if count else {}
-            inputs_embeds, *_ = embed(runtime, segments)
+            inputs_embeds = Dialogue(runtime).embed(segments).embeds_1SD
             runtime.reset()
             (logits,) = runtime.call("text_decoder", [inputs_embeds, np.arange(ids.shape[1])])
             assert relative_l2(torch.from_numpy(logits), made(ids, **seen).logits) <= 1e-5

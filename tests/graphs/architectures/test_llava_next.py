@@ -24,12 +24,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from export.pipeline import ExportOptions, export
 from export.stages import silent
 from graphs.architectures.llava_next import PINPOINTS, LlavaNext
+from graphs.dialogue import Dialogue
 from graphs.errors import UserError
 from graphs.model import Request, load_model
 from graphs.preprocess.tiling import TilingProcessor
 from graphs.trace import count_parameters, trace
 from runtimes.eager import EagerRuntime
-from runtimes.generate import embed, generate
+from runtimes.generate import generate
 from runtimes.manifest import Bundle
 from runtimes.session import Session
 from tests.numbers import relative_l2
@@ -133,7 +134,7 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
             place = [[made.config.image_token_id] * len(packing) for _, packing in given]
             ids = torch.tensor([before + [token for one in place for token in one + after]])
             inputs = dict(processor.image_processor(seen, return_tensors="pt")) if seen else {}
-            inputs_embeds, *_ = embed(runtime, segments)
+            inputs_embeds = Dialogue(runtime).embed(segments).embeds_1SD
             runtime.reset()
             (logits,) = runtime.call("text_decoder", [inputs_embeds, np.arange(ids.shape[1])])
             assert relative_l2(torch.from_numpy(logits), made(ids, **inputs).logits) <= 1e-5

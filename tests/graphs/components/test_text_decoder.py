@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import inspect
 
 import pytest
 import torch
-from transformers import LlamaConfig as ReferenceConfig
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from graphs.components.text.llama import LlamaConfig, LlamaDecoder
+from graphs.components.text.config import TextConfig
+from graphs.components.text.decoder import TextDecoder
 from tests.numbers import relative_l2
 
 CONFIGS = {
-    "multi-head": LlamaConfig(64, 112, 3, 4, 4, 97, max_position_embeddings=48),
-    "grouped": LlamaConfig(48, 80, 2, 6, 2, 50, max_position_embeddings=40, rope_theta=5e5, rms_norm_eps=1e-5),
-    "wide heads": LlamaConfig(48, 80, 2, 2, 1, 50, max_position_embeddings=40, head_dim=32),
+    "multi-head": TextConfig(64, 112, 3, 4, 4, 97, max_position_embeddings=48),
+    "grouped": TextConfig(48, 80, 2, 6, 2, 50, max_position_embeddings=40, rope_theta=5e5, rms_norm_eps=1e-5),
+    "wide heads": TextConfig(48, 80, 2, 2, 1, 50, max_position_embeddings=40, head_dim=32),
 }
 
 
-def pair(config: LlamaConfig) -> tuple[LlamaDecoder, LlamaForCausalLM]:
-    values = {key: value for key, value in asdict(config).items() if value or key != "head_dim"}
-    reference = LlamaForCausalLM(ReferenceConfig(**values)).eval()
+def pair(config: TextConfig) -> tuple[TextDecoder, LlamaForCausalLM]:
+    known = {*inspect.signature(LlamaConfig).parameters, "rope_theta"}
+    values = {key: value for key, value in vars(config).items() if key in known and (value or key != "head_dim")}
+    reference = LlamaForCausalLM(LlamaConfig(**values)).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.normal_(std=0.3)
-    decoder = LlamaDecoder(config, config.max_position_embeddings).eval()
+    decoder = TextDecoder(config, config.max_position_embeddings).eval()
     public = {name.removeprefix("model."): tensor for name, tensor in reference.state_dict().items()}
     names = [name for name, _ in decoder.named_parameters()]
     decoder.load_state_dict({name: public[name] for name in names}, strict=False)
