@@ -48,8 +48,8 @@ evaluate: $(READY) ## held-out accuracy of zoo/mobilevlm-nano, into docs/zoo.md
 agreement: $(READY) ## greedy answers of every runtime against eager on held-out questions, into docs/agreement.md
 	@$(BIN)/python -m export.agreement
 
-matrix: $(READY) ## lower everything small to every target, into docs/matrix.md
-	@$(BIN)/python -m export.matrix
+matrix: $(READY_DEV) ## every model up the ladder, every target, into docs/matrix.* (hours; RESUME=1 goes on, MODELS="a b" only these)
+	@$(BIN)/python -m export.matrix $(if $(MODELS),--models $(MODELS)) $(call flag,MINUTES,minutes) $(if $(RESUME),--resume)
 
 frontier: $(READY) ## accuracy against latency of passes x recipes x targets, into docs/frontier.* (RESUME=1 goes on)
 	@$(BIN)/python -m export.frontier $(call flag,COUNT,count) $(call flag,MINUTES,minutes) $(if $(RESUME),--resume)

@@ -1,0 +1,151 @@
+"""What `make matrix` runs: the rungs of the ladder for every architecture, each job in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from calibration.source import Calibration
+from export.pipeline import ExportOptions, export
+from export.stages import silent
+from export.targets.base import TARGETS, load_target
+from graphs import registry
+from graphs.compress.passes.prune import RULES
+from graphs.errors import GateError, UserError
+from graphs.model import Request, load_model, zoo_checkpoints
+from graphs.trace import count_parameters, trace
+from quant.recipe import names
+
+#: what goes through every recipe, every pass, and a pass with each shipping recipe
+THOROUGH = (Request("mobilevlm", "mobilevlm-nano"), Request("llava_1_5", "tiny"))
+
+#: of the pass and the recipe that every other row goes through
+RECIPE, PASS = "mobile-balanced", "prune{{keep={keep},method=divprune}}"
+
+TESTS = Path("tests/graphs/architectures")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rung of one row. `kind`: "published" (L1, L2), "equality" (L3) or "export" (L4, L5)."""
+
+    kind: str
+    model: str
+    variant: str = ""
+    target: str = ""
+    passes: str = ""
+    recipe: str = ""
+
+    @property
+    def key(self) -> str:
+        return ":".join((self.kind, self.model, self.variant, self.target, self.passes, self.recipe))
+
+    def run(self) -> dict[str, Any]:
+        """The row of results. A reason takes the place of numbers: refused by name, or failed."""
+        what = {"published": published, "equality": equality, "export": lowered}[self.kind]
+        return {"key": self.key, **vars(self), **what(self)}
+
+
+def published(job: Job) -> dict[str, Any]:
+    """L1 and L2 of a published size: parameters against the published count, all methods traced on fake tensors."""
+    variant = registry.variant(job.model, job.variant)
+    start = time.perf_counter()
+    program = trace(variant.architecture, {})
+    program.check()
+    return {
+        "parameters": count_parameters(variant.architecture),
+        "catalogue": variant.parameters,
+        "methods": len(program.methods),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def equality(job: Job) -> dict[str, Any]:
+    """L3: the tests that compare this architecture with an independent implementation, as pytest counts them."""
+    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if f'"{job.model}"' in path.read_text()]
+    if not files:
+        return {"refused": "no test compares it"}
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "")
+    counted = {"files": files, "seconds": time.perf_counter() - start}
+    return counted if done.returncode == 0 else {**counted, "failed": last}
+
+
+def lowered(job: Job) -> dict[str, Any]:
+    """L4 and L5: one export, measured; or the reason why there is none."""
+    with TemporaryDirectory() as scratch:
+        request, out = Request(job.model, job.variant), Path(scratch) / "b"
+        options = ExportOptions(request, job.target, job.recipe or None, Calibration(count=16), job.passes, out=out)
+        try:
+            manifest = json.loads((export(options, silent) / "manifest.json").read_text())
+        except UserError as error:
+            return {"refused": str(error)}
+        except GateError as error:
+            return {"failed": str(error)}
+        return {
+            "recipe": job.recipe or load_target(job.target).capabilities.default_recipe,
+            "lower": {name: entry["lower"] for name, entry in manifest["verification"].items()},
+            "schemes": manifest["quantization"]["schemes"],
+            "limits": manifest["limits"],
+            "seconds": sum(stage["seconds"] for stage in manifest["stages"]),
+            "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest["stages"]),
+            "file_bytes": sum(record["bytes"] for record in manifest["files"].values()),
+        }
+
+
+def jobs(models: list[str], variants: list[str] | None) -> Iterator[Job]:
+    """Every job of the given models, the cheapest rungs first; `variants` restricts what is lowered."""
+    for model in models:
+        if variants is None:
+            yield from (
+                Job("published", model, v.name) for v in registry.architecture(model).variants() if v.parameters
+            )
+            yield Job("equality", model)
+    requests = [request for model in models for request in small(model)]
+    for request in requests:
+        if variants is None or request.variant in variants:
+            for passes, recipe in grid(request):
+                yield from (Job("export", request.model, str(request.variant), t, passes, recipe) for t in TARGETS)
+
+
+def small(model: str) -> list[Request]:
+    """What is lowered whole: the zoo's checkpoints, and the sizes that exist for tests, with random weights."""
+    zoo = [Request(model, name) for name in zoo_checkpoints() if name.split("-")[0] == model]
+    tests = [v.name for v in registry.architecture(model).variants() if v.parameters is None]
+    return [*zoo, *(Request(model, name) for name in tests)]
+
+
+def grid(request: Request) -> Iterator[tuple[str, str]]:
+    """Passes and recipes: a target's own recipe, and for decoders a pass with a quantized one; or all there are."""
+    yield "", ""
+    facts = load_model(request).architecture.facts()
+    tokens = facts.get("visual_tokens")
+    if not tokens or "context" not in facts:
+        return
+    half = max(1, tokens // 2)
+    if request not in THOROUGH:
+        yield PASS.format(keep=half), RECIPE
+        return
+    yield from (("", recipe) for recipe in names())
+    yield from (
+        (passes, "")
+        for passes in (
+            "pool{factor=2}",
+            "pixel_shuffle{factor=2}",
+            "ldp{version=1}",
+            "ldp{version=2}",
+            *(f"prune{{keep={half},method={method}}}" for method in RULES),
+            f"decoder_prune{{layer=1,keep={half}}}",
+        )
+    )
+    shipping = (recipe for recipe in names() if not recipe.startswith("reference"))
+    yield from ((PASS.format(keep=half), recipe) for recipe in shipping)

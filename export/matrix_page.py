@@ -1,0 +1,121 @@
+"""The results of `make matrix` as Markdown: the ladder, then every export, then every published size."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from datetime import date
+from importlib.metadata import version
+from typing import Any
+
+from export.targets.base import TARGETS
+
+PACKAGES = ("torch", "onnxruntime", "executorch", "coremltools", "tensorrt-rtx-cu13", "transformers")
+
+Row = dict[str, Any]
+
+
+def page(rows: Sequence[Row], command: str, left: int) -> str:
+    """Everything, as one document."""
+    exports = [row for row in rows if row["kind"] == "export"]
+    written = sum("lower" in row for row in exports)
+    refused, failed = (sum(why in row for row in exports) for why in ("refused", "failed"))
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    lines = [
+        "# What works, and how far a lowered graph is from its source",
+        "",
+        "L1: parameters of published sizes within 1% of the published count. L2: every method of those sizes traced on "
+        "fake tensors. L3: tests against transformers' implementation on random checkpoints. L4: the `tiny` variant on "
+        "each target, checked against its graph. L5: the same with a compression pass and a quantizing recipe. A blank "
+        "was not run or is refused by name below; TensorRT engines are built, not executed.",
+        "",
+        *ladder(rows),
+        "",
+        "## Exports",
+        "",
+        "Relative L2 of each lowered method against the graph it was lowered from, prefill and decode steps, on seeded "
+        "inputs. The limit is 1e-4 in fp32 and 1e-2 in fp16 and for quantized graphs, or, where activations are "
+        "rounded, twice what the graph itself moves when it is computed in other floats; what is beyond it is not "
+        "written. Behind each error, how many layers the recipe keeps in which scheme. `tiny` has random weights.",
+        "",
+        f"{len(exports)} exports: {written} written, {refused} refused by name, {failed} failed"
+        + (f"; {left} jobs were not run for want of time." if left else "."),
+        "",
+        "| model | variant | target | passes | recipe | methods | seconds | peak MiB | MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *map(line, exports),
+        "",
+        "## Published sizes, on fake tensors",
+        "",
+        "| model | variant | parameters | published | difference | methods traced | seconds |",
+        "|---|---|---|---|---|---|---|",
+        *(size_line(row) for row in rows if row["kind"] == "published"),
+        "",
+        f"Made by `{command}` on {date.today()}: Python {platform.python_version()}, {versions}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def ladder(rows: Sequence[Row]) -> list[str]:
+    """One line a model: the rungs that it stands on."""
+    heads = ["L1", "L2", "L3", *(f"L4 {target}" for target in TARGETS), *(f"L5 {target}" for target in TARGETS)]
+    lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        sizes = [row for row in mine if row["kind"] == "published"]
+        exports = [row for row in mine if row["kind"] == "export"]
+        cells = [
+            rung(sizes, lambda row: abs(row["parameters"] / row["catalogue"] - 1) <= 0.01),
+            rung(sizes, lambda row: row["methods"] > 0),
+            rung([row for row in mine if row["kind"] == "equality"], lambda row: "files" in row),
+            *(rung([r for r in exports if r["target"] == t and not r["passes"]], passed) for t in TARGETS),
+            *(rung([r for r in exports if r["target"] == t and r["passes"]], passed) for t in TARGETS),
+        ]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return lines
+
+
+def passed(row: Row) -> bool:
+    """Whether an export was written, its gate passed."""
+    return "lower" in row
+
+
+def rung(rows: Iterable[Row], good: Any) -> str:
+    """How many of the rows that say something are good; blank where none was run or all are refused."""
+    told = [row for row in rows if "refused" not in row]
+    right = sum("failed" not in row and good(row) for row in told)
+    if not told:
+        return ""
+    return "yes" if right == len(told) else f"{right} of {len(told)}"
+
+
+def cell(row: Row, method: str) -> str:
+    """What became of one method, and what its layers are kept in."""
+    entry = row["lower"][method]
+    found = f"{entry['relative_l2']:.1e}" if entry["executed"] else f"not executed; {entry['checked']}"
+    schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].get(method, {}).items())
+    return f"{method} {found}" + (f" ({schemes})" if schemes else "")
+
+
+def line(row: Row) -> str:
+    """One export of the table."""
+    head = f"| {row['model']} | {row['variant']} | {row['target']} | {row['passes']} | {row['recipe']} |"
+    for why in ("failed", "refused"):
+        if why in row:
+            return f"{head} {why.upper() if why == 'failed' else why}: {row[why]} | | | |"
+    cells = "; ".join(cell(row, method) for method in row["lower"])
+    costs = (f"{row['seconds']:.0f}", f"{row['peak_rss_bytes'] / 2**20:.0f}", f"{row['file_bytes'] / 2**20:.1f}")
+    return f"{head} {cells} | {' | '.join(costs)} |"
+
+
+def size_line(row: Row) -> str:
+    """One published size of the table."""
+    head = f"| {row['model']} | {row['variant']} |"
+    if "failed" in row:
+        return f"{head} FAILED: {row['failed']} | | | | |"
+    difference = 100 * (row["parameters"] / row["catalogue"] - 1)
+    return (
+        f"{head} {row['parameters']:,} | {row['catalogue']:,} | {difference:+.2f}% | {row['methods']} | "
+        f"{row['seconds']:.1f} |"
+    )

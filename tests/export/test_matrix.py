@@ -1,0 +1,92 @@
+"""What `make matrix` runs for a row, and how the page tells what is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export import matrix
+from export.matrix_jobs import THOROUGH, Job, jobs
+from export.matrix_page import ladder, page
+from graphs.compress.passes.prune import RULES
+from quant.recipe import names
+
+
+def export_row(target: str, passes: str = "", **found: Any) -> dict[str, Any]:
+    return {**vars(Job("export", "clip", "tiny", target, passes, "mobile-balanced")), **found}
+
+
+def cells(rows: list[dict[str, Any]]) -> dict[str, str]:
+    head, _, line = ladder(rows)
+    names_, values = ([cell.strip() for cell in text.strip("|").split("|")] for text in (head, line))
+    return dict(zip(names_, values, strict=True))
+
+
+def test_thorough_rows_go_through_every_recipe_and_pass_on_every_target() -> None:
+    request = THOROUGH[0]
+    found = list(jobs([request.model], [str(request.variant)]))
+    assert len({job.key for job in found}) == len(found)
+    for target in ("coreml", "executorch", "onnxruntime", "tensorrt"):
+        mine = [job for job in found if job.target == target]
+        assert {job.recipe for job in mine if not job.passes} == {"", *names()}
+        assert len({job.passes for job in mine} - {""}) == 5 + len(RULES)
+        together = {job.recipe for job in mine if job.passes and job.recipe}
+        assert together == {name for name in names() if not name.startswith("reference")}
+
+
+def test_other_rows_are_published_compared_and_lowered() -> None:
+    found = list(jobs(["clip"], None))
+    assert [job.kind for job in found] == ["published"] * 4 + ["equality"] + ["export"] * 4
+
+
+def test_a_published_size_is_counted_and_traced() -> None:
+    row = Job("published", "clip", "clip-vit-b-32").run()
+    assert row["parameters"] == 151_277_313
+    assert row["methods"] == 3
+
+
+def test_rungs_are_yes_some_or_blank() -> None:
+    lower = {"image_encoder": {"executed": True, "relative_l2": 1e-7}}
+    rows = [
+        {"kind": "published", "model": "clip", "parameters": 995, "catalogue": 1000, "methods": 3},
+        {"kind": "published", "model": "clip", "parameters": 97, "catalogue": 100, "methods": 3},
+        {"kind": "equality", "model": "clip", "refused": "no test compares it"},
+        export_row("onnxruntime", lower=lower),
+        export_row("executorch", failed="off by 3"),
+        export_row("onnxruntime", "pool{factor=2}", refused="no grid"),
+    ]
+    found = cells(rows)
+    assert (found["L1"], found["L2"], found["L3"]) == ("1 of 2", "yes", "")
+    assert (found["L4 onnxruntime"], found["L4 executorch"], found["L4 coreml"]) == ("yes", "0 of 1", "")
+    assert found["L5 onnxruntime"] == ""
+
+
+def test_results_are_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def attempt(job: Job) -> dict[str, Any]:
+        asked.append(job.key)
+        why = {"failed": "broken"} if job.kind == "equality" and len(asked) < 5 else {"refused": "not asked for"}
+        sizes = {"parameters": 100, "catalogue": 100, "methods": 1, "seconds": 1.0}
+        return {"key": job.key, **vars(job), **(sizes if job.kind == "published" else why)}
+
+    monkeypatch.setattr(matrix, "attempt", attempt)
+    monkeypatch.setattr(matrix, "WORKERS", 1)
+    monkeypatch.setattr("sys.argv", ["matrix", "--models", "siglip", "--out", str(tmp_path), "--resume"])
+    failed = matrix.main()
+    first = len(asked)
+    rows = json.loads((tmp_path / "matrix.json").read_text())
+    assert [row["key"] for row in rows] == asked
+    assert matrix.main() == 0
+    assert len(asked) == first + failed
+    assert "siglip" in (tmp_path / "matrix.md").read_text()
+
+
+def test_the_page_counts_and_names_reasons() -> None:
+    text = page([export_row("coreml", refused="takes no bfloat16"), export_row("tensorrt", failed="off")], "make", 3)
+    assert "2 exports: 0 written, 1 refused by name, 1 failed; 3 jobs were not run" in text
+    assert "refused: takes no bfloat16" in text
+    assert "FAILED: off" in text
