@@ -6,12 +6,14 @@ builds the modules behind its methods and knows how a public checkpoint names th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graphs.errors import UserError
 
@@ -37,8 +39,8 @@ Values = Literal["normal", "pixels", "ids", "positions"]
 class TensorSpec:
     """Name, shape and dtype of one input, output or state; `values` says what a seeded example is drawn from.
 
-    `normal`: standard normal. `pixels`: integers 0..255. `ids`: integers below `high`. `positions`: consecutive
-    integers from the number of tokens already seen.
+    `normal`: standard normal. `pixels`: integers 0..255 of a smooth picture with some noise. `ids`: integers below
+    `high`. `positions`: consecutive integers from the number of tokens already seen.
     """
 
     name: str
@@ -61,11 +63,23 @@ class TensorSpec:
         generator = torch.Generator().manual_seed(seed)
         draw = {
             "normal": lambda: torch.randn(size, generator=generator),
-            "pixels": lambda: torch.randint(0, 256, size, generator=generator),
+            "pixels": lambda: picture(size, generator),
             "ids": lambda: torch.randint(0, self.high, size, generator=generator),
-            "positions": lambda: torch.arange(start, start + size[-1]).expand(size),
+            "positions": lambda: torch.arange(start, start + size[-1]).expand(size).contiguous(),
         }[self.values]
         return draw().to(self.dtype)
+
+
+def picture(size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Values 0..255 that change smoothly over the last two dimensions, with a fifth of noise.
+
+    Of noise alone all patches look alike, and what chooses among tokens would be decided by rounding.
+    """
+    planes = math.prod(size[:-2])
+    coarse = torch.rand(planes, 1, 6, 6, generator=generator)
+    smooth = functional.interpolate(coarse, tuple(size[-2:]), mode="bilinear", align_corners=True)
+    noise = torch.rand(planes, 1, *size[-2:], generator=generator)
+    return (255 * (0.8 * smooth + 0.2 * noise)).round().reshape(*size)
 
 
 @dataclass(frozen=True)
