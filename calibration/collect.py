@@ -76,9 +76,11 @@ class Prompter:
         template = model.architecture.template
         if template is None or not {EMBEDDING, DECODER} <= set(program):
             raise UserError(f"{model.request.model} takes no prompts: only image-text decoders can be calibrated")
-        self.template, self.processor = template, model.architecture.image_processor
-        facts = model.architecture.facts()
+        processor, facts = model.architecture.image_processor, model.architecture.facts()
         found = load_tokenizer(model.directory) if model.directory else None
+        if processor and found and model.directory:
+            processor = processor.beside(model.directory)
+        self.template, self.processor = template, processor
         self.tokenizer: Tokenizer = found or ByteTokenizer(facts["vocab_size"], template.image)
         self.decode_steps = decode_steps
 
@@ -86,7 +88,9 @@ class Prompter:
         """Raises UserError where the model takes no pictures or the template cannot place them."""
         if sample.images and self.processor is None:
             raise UserError("this model takes no pictures")
-        pictures = [self.processor.picture(image) for image in sample.images] if self.processor else []
+        processor = self.processor
+        seen = [processor.picture(image) for image in sample.images] if processor else []
+        pictures = [processor.asked(picture, sample.question) for picture in seen] if processor else []
         pieces = read(self.template, sample.question, pictures, self.tokenizer)
         end = segments(self.template, sample.question, len(pictures))[-1]
         return Prompt(tuple(pieces), self.answer(end, sample.answer))

@@ -33,7 +33,7 @@ from export.verify import (
 from graphs.compress.base import apply, parse, write
 from graphs.errors import UserError
 from graphs.files import contained
-from graphs.model import COMPANIONS, Model, Request, load_model
+from graphs.model import COMPANIONS, SECOND, Model, Request, load_model
 from graphs.preprocess.tokenizer import load_tokenizer
 from graphs.program import Program
 from graphs.trace import trace
@@ -90,10 +90,11 @@ def prompt_record(model: Model, tokens: int | None) -> dict[str, Any]:
     architecture = model.architecture
     tokenizer = load_tokenizer(model.directory) if model.directory else None
     processor = architecture.image_processor
+    begins = architecture.template is None or architecture.template.begin
     return {
         "template": asdict(architecture.template) if architecture.template else None,
         "image": processor.to_json() if processor else None,
-        "bos_id": tokenizer.bos_id if tokenizer and tokenizer.adds_bos else None,
+        "bos_id": tokenizer.bos_id if tokenizer and tokenizer.adds_bos and begins else None,
         "eos_ids": list(tokenizer.eos_ids) if tokenizer else [],
         "takes": "text and pictures" if tokenizer else "tensors only: the source has no tokenizer",
         **architecture.facts(),
@@ -128,9 +129,11 @@ def copy_companions(model: Model, directory: Path) -> None:
     """Bring along the tokenizer and configuration files that the checkpoint has."""
     if model.directory is None:
         return
-    for name in COMPANIONS:
-        if (model.directory / name).exists():
-            shutil.copyfile(contained(model.directory, name), directory / name)
+    for place in (".", *SECOND):
+        for name in COMPANIONS:
+            if (model.directory / place / name).exists():
+                (directory / place).mkdir(exist_ok=True)
+                shutil.copyfile(contained(model.directory / place, name), directory / place / name)
 
 
 def check_space(program: Program, directory: Path) -> None:

@@ -2,7 +2,8 @@
 
 Methods are called by the names of their inputs: besides embeddings and positions, `text_decoder` gets whatever
 `vision_encoder` or `text_encoder` gave under the same name (keys and values for cross-attention), carried from call to
-call.
+call; what no picture gave is zeros of the smallest size. Where pictures are read by cross-attention alone,
+`cross_span` [S, 2] says which of the carried keys, from and to, each token sees.
 Shape suffixes: S tokens, D width, V vocabulary.
 """
 
@@ -13,13 +14,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from graphs.errors import UserError
 from graphs.preprocess.picture import Array, Picture, View
 from graphs.program import Signature
+from graphs.spec import TensorSpec
 
 VISION, EMBEDDING, ENCODER, DECODER = "vision_encoder", "token_embedding", "text_encoder", "text_decoder"
+
+#: as many tokens as no prompt has: where no encoder bounds it
+NO_ENCODER = 1 << 62
 
 
 class Caller(Protocol):
@@ -52,16 +58,42 @@ def as_view(segment: View | Array | tuple[Array, ...]) -> View:
 
 @dataclass(frozen=True)
 class Read:
-    """A prompt as embeddings [1, S, D]: `images` [S] marks those of pictures; `rope` are its positions [3, S]."""
+    """A prompt as embeddings [1, S, D]: `images` [S] marks those of pictures; `rope` are its positions [3, S].
+
+    `span`: the carried keys that each token sees, from and to. `ids`: those of the text, for encoders with words of
+    their own.
+    """
 
     embeds_1SD: Array
     images_S: NDArray[np.bool_]
     rope_3S: NDArray[np.int64]
     carried: Mapping[str, Array]
+    span_S2: NDArray[np.int64]
+    ids: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         return self.embeds_1SD.shape[1]
+
+
+def spans(length: int, places: Sequence[tuple[int, int, int]]) -> NDArray[np.int64]:
+    """The carried keys [S, 2], from and to, that each of `length` tokens sees.
+
+    `places`: pictures in order, each by its token and its keys, from and to. A token sees the picture before it, and
+    with that those that stand directly before the picture; one before all pictures sees none (Llama 3.2 Vision).
+    """
+    found: NDArray[np.int64] = np.zeros((length, 2), np.int64)
+    first = 0
+    for index, (token, start, stop) in enumerate(places):
+        first = first if index and places[index - 1][0] >= token - 1 else start
+        found[token:] = first, stop
+    return found
+
+
+def absent(spec: TensorSpec) -> Array:
+    """What the decoder gets where there is no picture: zeros, as few as it takes."""
+    size = spec.size({dim.name: dim.min for dim in spec.dims})
+    return np.zeros(size, torch.empty(0, dtype=spec.dtype).numpy().dtype)
 
 
 @dataclass
@@ -72,15 +104,20 @@ class Dialogue:
     start: tuple[int, ...] = ()
     position: int = 0  # tokens in the decoder's cache
     rope: int = 0  # the next position where positions have three components
+    span: tuple[int, ...] = (0, 0)  # the carried keys that the last token sees
     carried: dict[str, Array] = field(default_factory=dict)
 
     def embed(self, segments: Sequence[Segment]) -> Read:
         """Encode pictures, each once, and embed text. Raises UserError for an empty prompt."""
+        if self.start and ENCODER not in self.caller.signatures:
+            segments = [list(self.start), *segments]
         parts: list[Array] = []
         images: list[NDArray[np.bool_]] = []
         ropes: list[NDArray[np.int64]] = []
         given: dict[str, list[Array]] = {}
         seen: dict[int, Array | None] = {}
+        extents: dict[int, tuple[int, int]] = {}  # the carried keys of a picture
+        places: list[tuple[int, int, int]] = []  # of pictures read by cross-attention: token, and the extent
         position = 0
         for segment in segments:
             if isinstance(segment, list):
@@ -92,11 +129,15 @@ class Dialogue:
                 if key not in seen:
                     outputs = self.outputs(VISION, view.picture.arrays)
                     seen[key] = outputs.pop("image_embeds", None)
+                    end = max((stop for _, stop in extents.values()), default=0)
+                    extents[key] = end, end + max((value.shape[-2] for value in outputs.values()), default=0)
                     for name, value in outputs.items():
                         given.setdefault(name, []).append(value)
                 whole, is_image = seen[key], seen[key] is not None
                 if whole is None:  # pictures are read by cross-attention: the prompt has but a token for each
-                    assert view.token is not None
+                    places.append((sum(part.shape[1] for part in parts), *extents[key]))
+                    if view.token is None:
+                        continue  # or none: the prompt does not mention the picture
                     whole = self.tokens([view.token])
                 embeds = whole[:, view.start : view.stop]
                 known = view.picture.rope if is_image else None
@@ -108,14 +149,21 @@ class Dialogue:
         if not parts:
             raise UserError("the prompt is empty")
         carried = {name: np.concatenate(values, axis=-2) for name, values in given.items()}
-        return Read(np.concatenate(parts, 1), np.concatenate(images), np.concatenate(ropes, 1), carried)
+        whole_1SD = np.concatenate(parts, 1)
+        span_S2 = spans(whole_1SD.shape[1], places)
+        ids = tuple(token for segment in segments if isinstance(segment, list) for token in segment)
+        return Read(whole_1SD, np.concatenate(images), np.concatenate(ropes, 1), carried, span_S2, ids)
 
     def prefill(self, prompt: Read) -> Array:
         """The logits [V] of the token after the prompt, read by a decoder whose cache is empty."""
         self.carried, self.position, self.rope = dict(prompt.carried), 0, 0
+        self.span = (0, 0)
         if ENCODER not in self.caller.signatures:
-            return self.decode(prompt.embeds_1SD, prompt.rope_3S)
-        self.carried |= self.outputs(ENCODER, (prompt.embeds_1SD,))
+            return self.decode(prompt.embeds_1SD, prompt.rope_3S, prompt.span_S2)
+        known = {"inputs_embeds": prompt.embeds_1SD, "input_ids": np.array([prompt.ids], np.int64), **prompt.carried}
+        wanted = self.caller.signatures[ENCODER].inputs
+        given = [known[spec.name] if spec.name in known else absent(spec) for spec in wanted]
+        self.carried |= self.outputs(ENCODER, given)
         return self.step(*self.start)
 
     def step(self, *tokens: int) -> Array:
@@ -123,20 +171,36 @@ class Dialogue:
         rope = np.broadcast_to(np.arange(len(tokens)) + self.rope, (3, len(tokens)))
         return self.decode(self.tokens(list(tokens)), rope)
 
-    def decode(self, embeds_1SD: Array, rope_3S: NDArray[np.int64]) -> Array:
-        """The logits [V] after embeddings that follow those in the cache."""
+    def decode(self, embeds_1SD: Array, rope_3S: NDArray[np.int64], span_S2: NDArray[np.int64] | None = None) -> Array:
+        """The logits [V] after embeddings that follow those in the cache; without a span, they see as the last did."""
         length = embeds_1SD.shape[1]
+        span_S2 = np.tile(np.array(self.span, np.int64), (length, 1)) if span_S2 is None else span_S2
         known = {
             "inputs_embeds": embeds_1SD,
             "cache_position": np.arange(self.position, self.position + length),
             "rope_position": np.ascontiguousarray(rope_3S),
+            "cross_span": span_S2,
             **self.carried,
         }
-        inputs = [known[spec.name] for spec in self.caller.signatures[DECODER].inputs]
+        inputs = [known[spec.name] if spec.name in known else absent(spec) for spec in self.inputs]
         logits_1SV = self.caller.call(DECODER, inputs)[0]
         self.position, self.rope = self.position + length, int(rope_3S.max()) + 1
+        self.span = tuple(span_S2[-1].tolist())
         vector: Array = logits_1SV[0, -1]
         return vector
+
+    @property
+    def source_length(self) -> int:
+        """The most tokens that the encoder reads; `NO_ENCODER` where the decoder reads the prompt itself."""
+        if ENCODER not in self.caller.signatures:
+            return NO_ENCODER
+        length = self.caller.signatures[ENCODER].inputs[0].shape[1]
+        return length if isinstance(length, int) else length.max
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What the decoder takes."""
+        return self.caller.signatures[DECODER].inputs
 
     def tokens(self, ids: list[int]) -> Array:
         """Embeddings [1, S, D] of token ids."""

@@ -32,6 +32,9 @@ COMPANIONS = (
     "tokenizer_config.json",
 )
 
+#: directories of a checkpoint that may hold some of those again: tokenizers of a second vocabulary
+SECOND = ("qformer_tokenizer",)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -117,6 +120,7 @@ def load_model(request: Request) -> Model:
     architecture = registry.architecture(request.model).from_config(checkpoint.config, preprocessor)
     architecture = bounded(architecture, request)
     checkpoint.rename(architecture.aliases)
+    architecture = architecture.given(checkpoint)
     shapes = parameter_shapes(architecture)
     found = Weights(checkpoint, {name: architecture.source(name) for name in shapes})
     found.check(shapes, architecture.unused)

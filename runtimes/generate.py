@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from graphs.dialogue import EMBEDDING, VISION, Caller, Dialogue, Segment
+from graphs.dialogue import EMBEDDING, NO_ENCODER, VISION, Caller, Dialogue, Segment
 from graphs.errors import UserError
 from runtimes.base import Array
 
@@ -73,6 +73,20 @@ class Stopwatch:
         self.runtime.reset()
 
 
+def check_length(length: int, read: int, context: int) -> None:
+    """Raise UserError where a prompt has more tokens than an encoder reads, or where there is none, the context holds.
+
+    Asked before a prompt is embedded, too: methods take no more than they were exported for.
+    """
+    if length > read:
+        raise UserError(f"the prompt is {length} tokens long, pictures included; this bundle reads {read}")
+    if read == NO_ENCODER and length >= context:
+        raise UserError(
+            f"the prompt is {length} tokens long, pictures included; this bundle's context is {context}: "
+            "shorten it, or export with a larger --max-context"
+        )
+
+
 def generate(
     runtime: Caller,
     segments: Sequence[Segment],
@@ -90,12 +104,9 @@ def generate(
     timed = Stopwatch(runtime)
     dialogue = Dialogue(timed, start)
     timed.reset()
+    check_length(sum(len(s) for s in segments if isinstance(s, list)), dialogue.source_length, context)
     prompt = dialogue.embed(segments)
-    if prompt.length >= context:
-        raise UserError(
-            f"the prompt is {prompt.length} tokens long, pictures included; this bundle's context is {context}: "
-            "shorten it, or export with a larger --max-context"
-        )
+    check_length(prompt.length, dialogue.source_length, context)
     state = Generation(prompt.length, timed.seconds[VISION], timed.seconds[EMBEDDING])
     begin = time.perf_counter()
     logits_V = dialogue.prefill(prompt)

@@ -78,7 +78,7 @@ class Session:
             open_runtime(bundle, runtime),
             tokenizer,
             PromptTemplate(**{key: tuples(value) for key, value in prompt["template"].items()}),
-            from_json(prompt["image"]) if prompt["image"] else None,
+            from_json(prompt["image"]).beside(bundle.directory) if prompt["image"] else None,
             prompt["context"],
         )
 
@@ -86,7 +86,8 @@ class Session:
         """Token ids and pixels in the order the decoder reads them."""
         if images and self.processor is None:
             raise UserError("this model takes no pictures")
-        pictures = [self.processor.picture(image) for image in images] if self.processor else []
+        processor = self.processor
+        pictures = [processor.asked(processor.picture(image), prompt) for image in images] if processor else []
         return list(read(self.template, prompt, pictures, self.tokenizer))
 
     def stream(
@@ -97,7 +98,7 @@ class Session:
             self.runtime,
             self.segments(prompt, images),
             context=self.context,
-            stop=self.tokenizer.eos_ids,
+            stop=self.template.stop or self.tokenizer.eos_ids,
             max_new_tokens=max_new_tokens,
             choose=choose,
             start=self.template.start,

@@ -36,16 +36,19 @@ def attention(
 ) -> Tensor:
     """softmax(Q K^T * scale + mask) V over [B, A, S, K] with two batched products and no copy of keys and values.
 
-    A mask is additive [S, C] and hides no whole row; other forms are left to PyTorch's decomposition.
+    A mask is additive, [S, C] or of four dimensions, and hides no whole row; other forms are left to PyTorch's
+    decomposition.
     """
-    plain_mask = attn_mask is None or (attn_mask.dim() == 2 and attn_mask.is_floating_point())
+    plain_mask = attn_mask is None or (attn_mask.dim() in (2, 4) and attn_mask.is_floating_point())
     if query.dim() != 4 or not plain_mask or is_causal or enable_gqa:
         return NotImplemented
     batch, heads, _, width = query.shape
     q, k, v = (t.reshape(batch * heads, -1, t.shape[-1]) for t in (query, key, value))
     scores = torch.bmm(q * (width**-0.5 if scale is None else scale), k.transpose(1, 2))
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dim() == 2:
         scores = scores + attn_mask
+    elif attn_mask is not None:
+        scores = (scores.reshape(batch, heads, *scores.shape[1:]) + attn_mask).reshape(scores.shape)
     out = torch.bmm(scores.softmax(-1), v).reshape(batch, heads, -1, value.shape[-1])
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # the strides of the operator that this stands for
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
@@ -25,7 +25,6 @@ from graphs.preprocess.picture import Normalized
 from graphs.preprocess.prompt import USER_ASSISTANT, VICUNA_V1, PromptTemplate
 from graphs.spec import Variant
 from graphs.weights import Source, by_prefix
-
 
 #: the decoders that read embeddings as they are; Gemma's, say, would scale those of pictures too
 DECODERS = {name: FAMILIES[name] for name in ("llama", "mistral", "qwen2")}
@@ -60,7 +59,7 @@ class Llava(ImageTextDecoder):
         (r"lm_head\.", "language_model.lm_head."),
         (r"model\.image_newline", "image_newline"),  # of LLaVA-NeXT
     )
-    unused = (
+    unused: ClassVar[tuple[str, ...]] = (
         r"vision_tower\.encoder\.layers\..*",  # layers above the selected one
         r"vision_tower\.(post_layernorm\..*|head\..*|embeddings\.position_ids)",
         r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",

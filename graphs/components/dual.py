@@ -5,7 +5,8 @@ Shape suffixes: I pictures, X texts, P width of the shared space.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,26 @@ from graphs.spec import Architecture, Dim, Method, TensorSpec
 
 #: the most pictures or texts that are scored at once
 MAX_SCORED = 1024
+
+
+class PictureTower(Protocol):
+    """What must be known of a picture tower's configuration."""
+
+    @property
+    def image_size(self) -> int: ...
+
+
+class WordTower(Protocol):
+    """What must be known of a text tower's configuration."""
+
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def pad_token_id(self) -> int: ...
+    @property
+    def projection_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
 
 
 class ImageEncoder(nn.Module):
@@ -35,16 +56,21 @@ class ImageEncoder(nn.Module):
 
 
 class Similarity(nn.Module):
-    """Embeddings [I, P] and [X, P] to logits [I, X]: exp(scale) times the cosine, and a bias where there is one."""
+    """Embeddings [I, P] and [X, P] to logits [I, X]: exp(scale) times the cosine, and a bias where there is one.
 
-    def __init__(self, shape: tuple[int, ...], bias: bool) -> None:
+    `most`: a bound on exp(scale), which then is at least 1 too; None where there is none.
+    """
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, most: float | None = None) -> None:
         super().__init__()
+        self.limit = None if most is None else math.log(most)
         self.logit_scale = nn.Parameter(torch.zeros(shape))
         self.logit_bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         image_IP, text_XP = unit(image_embeds), unit(text_embeds)
-        logits_IX = image_IP @ text_XP.transpose(0, 1) * self.logit_scale.exp()
+        scale = self.logit_scale if self.limit is None else self.logit_scale.clamp(0.0, self.limit)
+        logits_IX = image_IP @ text_XP.transpose(0, 1) * scale.exp()
         return logits_IX if self.logit_bias is None else logits_IX + self.logit_bias
 
 
@@ -61,14 +87,20 @@ class DualEncoder(Architecture):
 
     kind = "dual_encoder"
 
-    vision: ClipVisionConfig
-    text: ClipTextConfig
+    vision: PictureTower
+    text: WordTower
     processor: ImageProcessor | None
 
     @property
     def pixels(self) -> ImageProcessor:
         """The pictures' processor, the checkpoint's own or the system's."""
         raise TypeError(f"{type(self).__name__} must say how pictures are prepared")
+
+    def towers(self) -> tuple[nn.Module, nn.Module]:
+        """The towers of pictures and of texts: CLIP's, unless a system has others."""
+        assert isinstance(self.vision, ClipVisionConfig)
+        assert isinstance(self.text, ClipTextConfig)
+        return ClipVisionTower(self.vision, select_layer=-1, drop_first=False), ClipTextTower(self.text)
 
     def head(self) -> tuple[nn.Module, nn.Module]:
         """Pool and projection behind the picture tower."""
@@ -93,9 +125,8 @@ class DualEncoder(Architecture):
 
     def build(self) -> nn.Module:
         root = nn.Module()
-        tower = ClipVisionTower(self.vision, select_layer=-1, drop_first=False)
-        root.image_encoder = ImageEncoder(self.pixels, tower, *self.head())
-        root.text_encoder = ClipTextTower(self.text)
+        pictures, root.text_encoder = self.towers()
+        root.image_encoder = ImageEncoder(self.pixels, pictures, *self.head())
         root.similarity = self.similarity()
         return root
 

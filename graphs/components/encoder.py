@@ -13,15 +13,20 @@ from torch.nn import functional as F
 from graphs.components.activations import ACTIVATIONS
 
 
-class EncoderConfig(Protocol):
-    """What a block must know; the configurations of towers have it."""
+class AttentionConfig(Protocol):
+    """What attention must know."""
 
     @property
     def hidden_size(self) -> int: ...
     @property
-    def intermediate_size(self) -> int: ...
-    @property
     def num_attention_heads(self) -> int: ...
+
+
+class EncoderConfig(AttentionConfig, Protocol):
+    """What a block must know; the configurations of towers have it."""
+
+    @property
+    def intermediate_size(self) -> int: ...
     @property
     def hidden_act(self) -> str: ...
     @property
@@ -31,7 +36,7 @@ class EncoderConfig(Protocol):
 class EncoderAttention(nn.Module):
     """Multi-head attention of tokens to themselves or to `seen`, biases everywhere; `mask` is added to the scores."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,14 @@ class Processor:
         """The arrays, and how a prompt reads them."""
         made = self(image)
         return Picture(made if isinstance(made, tuple) else (made,))
+
+    def beside(self, directory: Path) -> Processor:
+        """This processor with what it needs of the files in the directory of a checkpoint or bundle."""
+        return self
+
+    def asked(self, picture: Picture, words: str) -> Picture:
+        """`picture` for the user's words; another where its encoder reads them too. Raises UserError."""
+        return picture
 
     def to_json(self) -> dict[str, Any]:
         """JSON values from which `from_json` makes an equal processor."""

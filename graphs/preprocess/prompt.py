@@ -9,6 +9,7 @@ processors do: the two differ in tokenizers that treat the beginning of a text a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphs.errors import UserError
+from graphs.files import shown
 from graphs.preprocess.picture import Picture, View
 from graphs.preprocess.tokenizer import Tokenizer
 
@@ -29,8 +31,17 @@ class PromptTemplate:
     assistant: str = ""
     image: str = "<image>"
     image_separator: str = "\n"  # after each image that the question does not place itself
-    start: tuple[int, ...] = ()  # ids that the answer begins with, where an encoder reads the prompt
+    question: str = ""  # before the question, behind the last image
+    begin: bool = True  # whether the tokenizer's token that begins a text stands before everything, if it adds one
+    start: tuple[int, ...] = ()  # ids that what is decoded begins with: the answer, where an encoder reads the prompt
+    stop: tuple[int, ...] = ()  # ids that end an answer, where they are others than the tokenizer's files declare
     images_first: bool = False  # pictures that lead stand before the token that begins a text
+    tasks: tuple[tuple[str, str], ...] = ()  # a token of a question, and what is asked for it and the rest, `{input}`
+    user_text: str = ""  # instead of `user` where no image follows it, if that differs
+    label: str = (
+        ""  # instead of a placeholder: `{image}` is the placeholder, `{index}` its number from 0, `{number}` from 1
+    )
+    mended: tuple[tuple[str, str], ...] = ()  # patterns and what they become once texts of pictures stand in the prompt
 
     def render(self, prompt: str, images: int) -> str:
         """The whole prompt, with one placeholder an image.
@@ -41,8 +52,26 @@ class PromptTemplate:
         placed = prompt.count(self.image)
         if placed not in (0, images):
             raise UserError(f"the prompt has {placed} x {self.image} for {images} image(s); write {images} or none")
+        for token, question in self.tasks:
+            if token in prompt:
+                rest = prompt.replace(token, "").strip()
+                if rest and "{input}" not in question:
+                    raise UserError(f"{token} is all that such a prompt may say; it has '{shown(rest, 40)}' besides")
+                prompt = question.replace("{input}", rest)
+                break
         before = "" if placed else (self.image + self.image_separator) * images
-        return f"{self.system}{self.user}{before}{prompt}{self.assistant}"
+        asked = f"{before}{prompt}"
+        user = self.user if asked.startswith(self.image) else self.user_text or self.user
+        head, mark, tail = asked.rpartition(self.image)
+        return self.labelled(f"{self.system}{user}{head}{mark}{self.question}{tail}{self.assistant}")
+
+    def labelled(self, text: str) -> str:
+        """`text` with every placeholder in its label, where there are such."""
+        if not self.label:
+            return text
+        head, *rest = text.split(self.image)
+        labels = [self.label.format(image=self.image, index=i, number=i + 1) for i in range(len(rest))]
+        return head + "".join(label + after for label, after in zip(labels, rest, strict=True))
 
 
 #: one turn as llava-hf's processors write it, without a system's words
@@ -92,14 +121,14 @@ def segments(template: PromptTemplate, prompt: str, images: int) -> list[Segment
 
 
 def tokenize(
-    pieces: Sequence[Segment], tokenizer: Tokenizer, images_first: bool = False
+    pieces: Sequence[Segment], tokenizer: Tokenizer, images_first: bool = False, begins: bool = True
 ) -> list[NDArray[np.int64] | ImageSegment]:
     """The segments with ids for text: int64 [T] arrays, T > 0, and image segments as they are.
 
     Where the tokenizer adds a token that begins a text, it stands once, before everything; with `images_first` behind
-    the pictures that lead, whose text begins anew there and is tokenized by itself.
+    the pictures that lead, whose text begins anew there and is tokenized by itself; unless `begins` is false.
     """
-    begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    begin = [tokenizer.bos_id] if begins and tokenizer.adds_bos and tokenizer.bos_id is not None else []
     parts = (not images_first and _whole(pieces, tokenizer)) or [
         piece if isinstance(piece, ImageSegment) else tokenizer.encode(piece.text) for piece in pieces
     ]
@@ -137,23 +166,31 @@ def _whole(pieces: Sequence[Segment], tokenizer: Tokenizer) -> list[list[int] | 
 def read(template: PromptTemplate, prompt: str, pictures: Sequence[Picture], tokenizer: Tokenizer) -> list[Piece]:
     """The prompt as ids and the places of pictures, in order.
 
-    Pictures with a text of their own are written out in the prompt, which is tokenized whole; each token that is the
-    template's placeholder then stands for the next embedding. Raises: UserError as `PromptTemplate.render`, and where
-    the tokenizer does not know the placeholder that such a text needs.
+    Pictures with a text of their own are written out in the prompt, which is tokenized whole, but with `images_first`
+    for pictures that lead; each token that is the template's placeholder then stands for the next embedding. Raises:
+    UserError as `PromptTemplate.render`, and where the tokenizer does not know the placeholder that such a text needs.
     """
     if not any(picture.text for picture in pictures):
-        parts = tokenize(segments(template, prompt, len(pictures)), tokenizer, template.images_first)
+        parts = tokenize(segments(template, prompt, len(pictures)), tokenizer, template.images_first, template.begin)
         return [View(pictures[p.index]) if isinstance(p, ImageSegment) else p.tolist() for p in parts]
-    texts = iter(picture.text for picture in pictures)
+    texts = [picture.text for picture in pictures]
     head, *rest = template.render(prompt, len(pictures)).split(template.image)
-    ids = tokenizer.encode(head + "".join(next(texts) + text for text in rest))
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
-    mark = tokenizer.encode(template.image)
+    whole = head + "".join(text + after for text, after in zip(texts, rest, strict=True))
+    for pattern, replacement in template.mended:
+        whole = re.sub(pattern, replacement, whole)
+    twice = tokenizer.encode(template.image * 2)  # so that a space that is put before a text is told from the token
+    mark = twice[-1] if twice[-2:-1] == twice[-1:] else None
+    begin = [tokenizer.bos_id] if template.begin and tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    leading = "".join(texts[: 1 + next((i for i, after in enumerate(rest) if after), len(rest))])
+    if template.images_first and mark is not None and not head and whole.startswith(leading):
+        pictured = tokenizer.encode(leading)
+        ids = [*pictured[pictured.index(mark) :], *begin, *tokenizer.encode(whole.removeprefix(leading))]
+    else:
+        ids = [*begin, *tokenizer.encode(whole)]
     wanted = [picture.text.count(template.image) for picture in pictures]
-    if len(mark) != 1 or ids.count(mark[0]) != sum(wanted):
+    if mark is None or ids.count(mark) != sum(wanted):
         raise UserError(f"the tokenizer has no token of its own for {template.image}, where pictures are read")
-    return placed(ids, mark[0], pictures, wanted)
+    return placed(ids, mark, pictures, wanted)
 
 
 def placed(ids: Sequence[int], mark: int, pictures: Sequence[Picture], counts: Sequence[int]) -> list[Piece]:

@@ -174,15 +174,16 @@ def _specials(
         found = token_id(token) if isinstance(token, str) else None
         return () if found is None else (found,)
 
-    def numbered(key: str, *readers: ConfigReader) -> tuple[int, ...]:
+    def numbered(key: str, *readers: ConfigReader, high: int = vocab_size - 1) -> tuple[int, ...]:
         for reader in readers:
             if key in reader:
                 value = reader.values[key]
                 ids = value if isinstance(value, list) else [value]
-                return tuple(ConfigReader({key: i}, reader.where).int(key, low=0, high=vocab_size - 1) for i in ids)
+                return tuple(ConfigReader({key: i}, reader.where).int(key, low=0, high=high) for i in ids)
         return ()
 
-    bos = named("bos_token") or numbered("bos_token_id", *texts, generation)
+    # A model may begin with an id beyond its tokenizer's, as BLIP's decoder does.
+    bos = named("bos_token") or numbered("bos_token_id", *texts, generation, high=MAX_ID)
     eos = numbered("eos_token_id", generation, *texts) or named("eos_token")
     adds_bos = tokenizer.bool("add_bos_token") if "add_bos_token" in tokenizer else None
     return (bos[0] if bos else None), eos, adds_bos

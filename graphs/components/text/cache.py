@@ -38,12 +38,14 @@ def causal_mask(position_S: Tensor, context: int, dtype: torch.dtype, window: in
     With a `window`, only the last `window` keys are seen, the query's own among them. With `prefix`, all keys of the
     same call are seen besides: a prompt read in one call is bidirectional, what is generated after it causal.
     """
+    # Logical operators by name: coremltools has none for `&` and `|`
     key_C, position_S1 = torch.arange(context, device=position_S.device), position_S.unsqueeze(1)
     visible_SC = key_C <= position_S1
     if 0 < window < context:
-        visible_SC = visible_SC & (key_C > position_S1 - window)
+        visible_SC = visible_SC.logical_and(key_C > position_S1 - window)
     if prefix:
-        visible_SC = visible_SC | ((key_C >= position_S[:1]) & (key_C <= position_S[-1:]))
+        same_call_C = (key_C >= position_S[:1]).logical_and(key_C <= position_S[-1:])
+        visible_SC = visible_SC.logical_or(same_call_C)
     return torch.where(visible_SC, 0.0, MASKED).to(dtype)
 
 

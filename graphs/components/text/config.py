@@ -26,7 +26,8 @@ class TextConfig:
     0 for one over the root of the head's width. `*_softcap`: bounds by tanh, 0 for none. `full_layers`: those without
     the window. `prefix`: the tokens of one call see each other whatever their order. `embedding_scale`: of what
     `token_embedding` gives. `rotary_fraction`: of a head that is turned. `mrope_section`: how the angles of half a head
-    are shared by positions of three components; empty where positions are numbers.
+    are shared by positions of three components; empty where positions are numbers. `moe_*`: where MLPs are mixtures of
+    experts, each of `intermediate_size`: how many, how many of them a token is routed to, and how many see every one.
     """
 
     hidden_size: int
@@ -58,6 +59,9 @@ class TextConfig:
     embedding_scale: float = 1.0
     rotary_fraction: float = 1.0
     mrope_section: tuple[int, ...] = ()
+    moe_num_experts: int = 0
+    moe_topk: int = 0
+    moe_num_shared_experts: int = 0
 
     @property
     def head_width(self) -> int:
@@ -114,7 +118,9 @@ class TextConfig:
             qk_norm=config.bool("qk_layernorm", base.qk_norm),
             mlp=base.mlp,
             sandwich=base.sandwich,
-            attention_scale=config.float(scalar, low=1e-3, high=1e6) ** -0.5 if scalar in config else 0.0,
+            attention_scale=config.float(scalar, low=1e-3, high=1e6) ** -0.5
+            if scalar in config
+            else base.attention_scale,
             attention_softcap=read_cap(config, "attn_logit_softcapping", base.attention_softcap),
             logit_softcap=read_cap(config, "final_logit_softcapping", base.logit_softcap),
             full_layers=read_full_layers(config, layers, base.full_layers),

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.components.activations import ACTIVATIONS
 from graphs.components.text.cache import KVCache, causal_mask
 from graphs.components.text.config import TextConfig
+from graphs.components.text.experts import MixtureOfExperts
+from graphs.components.text.mlp import GatedMLP, PlainMLP
 from graphs.components.text.rotary import RotaryTable, mixed, rotate
 
 
@@ -100,35 +101,12 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(q_BASK, k, v, mask).transpose(1, 2).flatten(2))
 
 
-class GatedMLP(nn.Module):
-    """The gated feed-forward network (Shazeer, arXiv 2002.05202)."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
-
-
-class PlainMLP(nn.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.up_proj(x_BSD)))
-
-
 #: `mlp` of a TextConfig -> its module
-MLPS: Mapping[str, Callable[[TextConfig], nn.Module]] = {"gated": GatedMLP, "plain": PlainMLP}
+MLPS: Mapping[str, Callable[[TextConfig], nn.Module]] = {
+    "gated": GatedMLP,
+    "plain": PlainMLP,
+    "experts": MixtureOfExperts,
+}
 
 
 class DecoderLayer(nn.Module):

@@ -17,6 +17,12 @@ def erf(x: Array) -> Array:
     return torch.special.erf(torch.from_numpy(np.ascontiguousarray(x))).numpy()
 
 
+def quotient(x: Array, y: Array) -> Array:
+    """x / y; of integers the whole number towards zero, as coremltools has it of `real_div`."""
+    whole = np.issubdtype(x.dtype, np.integer) and np.issubdtype(y.dtype, np.integer)
+    return np.trunc(np.divide(x, y)).astype(x.dtype) if whole else np.divide(x, y)
+
+
 register(
     {
         "acos": lambda x: np.arccos(x),
@@ -40,7 +46,7 @@ register(
         "add": lambda x, y: np.add(x, y),
         "sub": lambda x, y: np.subtract(x, y),
         "mul": lambda x, y: np.multiply(x, y),
-        "real_div": lambda x, y: np.divide(x, y),
+        "real_div": lambda x, y: quotient(x, y),
         "floor_div": lambda x, y: np.floor_divide(x, y),
         "mod": lambda x, y: np.mod(x, y),
         "pow": lambda x, y: np.power(x, y),

@@ -26,7 +26,9 @@ def squeeze(x: Array, axes: Any = None) -> Array:
 
 
 def concat(values: tuple[Array, ...], axis: Any, interleave: Any = False) -> Array:
-    """`values` joined along `axis`, or their slices along it taken in turns."""
+    """`values` joined along `axis`, or their slices along it taken in turns; scalars make a vector."""
+    if values[0].ndim == 0:
+        return np.stack(values)
     if not interleave:
         return np.concatenate(values, int(axis))
     woven = np.stack(values, int(axis) % values[0].ndim + 1)

@@ -8,6 +8,16 @@ from tests.runtimes.mil.packages import check, mb
 rng = np.random.default_rng(0)
 
 
+def test_integers_divide_to_integers(tmp_path):
+    x = np.array([7, -7, 12], np.float32)
+
+    def halves(x):
+        whole = mb.cast(x=x, dtype="int32")
+        return mb.real_div(x=whole, y=mb.add(x=mb.mul(x=whole, y=0), y=2))
+
+    check(tmp_path / "a.mlpackage", [(halves, lambda x: torch.tensor([3, -3, 6]))], {"x": x})
+
+
 def test_functions_of_one_tensor(tmp_path):
     x = rng.uniform(-0.9, 0.9, (2, 3, 4)).astype(np.float32)
     same = (

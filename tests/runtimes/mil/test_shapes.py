@@ -21,6 +21,8 @@ def test_shapes(tmp_path):
         (lambda x: mb.concat(values=[x], axis=0), lambda x: x),
         (lambda x: mb.concat(values=[x, mb.mul(x=x, y=np.float32(2))], axis=1, interleave=True),
          lambda x: torch.stack([x, 2 * x], 2).flatten(1, 2)),
+        (lambda x: mb.concat(values=[mb.reduce_max(x=x, axes=[0, 1, 2]), mb.reduce_min(x=x, axes=[0, 1, 2])], axis=0),
+         lambda x: torch.stack([x.max(), x.min()])),
         (lambda x: mb.stack(values=[x, x], axis=1), lambda x: torch.stack([x, x], 1)),
         (lambda x: mb.split(x=x, num_splits=2, axis=2), lambda x: x.split(2, 2)),
         (lambda x: mb.split(x=x, split_sizes=[1, 2], axis=1), lambda x: x.split([1, 2], 1)),

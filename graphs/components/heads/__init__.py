@@ -1,0 +1,1 @@
+"""What is computed from a decoder's states besides its logits."""
