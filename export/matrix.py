@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any
 
 from export.alone import alone
-from export.matrix_jobs import Job, jobs
+from export.matrix_jobs import KINDS, Job, jobs
 from export.matrix_page import page
 from export.stages import to_stderr
 from graphs import registry
@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder to write to")
     parser.add_argument("--models", nargs="*", default=registry.names(), help="only these models")
     parser.add_argument("--variants", nargs="*", help="lower only these variants, as mobilevlm-nano or tiny")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="only these rungs, the rest is kept")
     parser.add_argument("--minutes", type=float, help="start no job after so long; the page says how many were left")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run that did not fail")
     args = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> int:
     if args.resume and data.is_file():
         known = {row["key"]: row for row in json.loads(data.read_text()) if "failed" not in row}
     wanted = list(jobs(args.models, args.variants))
-    todo = [job for job in wanted if job.key not in known]
+    todo = [job for job in wanted if job.key not in known and job.kind in args.kinds]
     start, lock = time.monotonic(), Lock()
 
     def run(job: Job) -> None:

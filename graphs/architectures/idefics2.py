@@ -46,8 +46,7 @@ IDEFICS2_PERCEIVER = PerceiverConfig()
 
 AROUND = "<fake_token_around_image>"
 
-#: pictures that follow each other share the word between them, and a blank stands before what is not a blank
-TEMPLATE = replace(IDEFICS, mended=((AROUND * 2, AROUND), (rf"{AROUND}(?=[^\s<])", f"{AROUND} ")))
+TEMPLATE = replace(IDEFICS, around=AROUND)
 
 
 class ResampledEncoder(nn.Module):

@@ -41,7 +41,7 @@ class PromptTemplate:
     label: str = (
         ""  # instead of a placeholder: `{image}` is the placeholder, `{index}` its number from 0, `{number}` from 1
     )
-    mended: tuple[tuple[str, str], ...] = ()  # patterns and what they become once texts of pictures stand in the prompt
+    around: str = ""  # word around a picture's text: shared by neighbours, a blank behind it before another word
 
     def render(self, prompt: str, images: int) -> str:
         """The whole prompt, with one placeholder an image.
@@ -176,8 +176,8 @@ def read(template: PromptTemplate, prompt: str, pictures: Sequence[Picture], tok
     texts = [picture.text for picture in pictures]
     head, *rest = template.render(prompt, len(pictures)).split(template.image)
     whole = head + "".join(text + after for text, after in zip(texts, rest, strict=True))
-    for pattern, replacement in template.mended:
-        whole = re.sub(pattern, replacement, whole)
+    if word := template.around:
+        whole = re.sub(re.escape(word) + r"(?=[^\s<])", f"{word} ", whole.replace(word * 2, word))
     twice = tokenizer.encode(template.image * 2)  # so that a space that is put before a text is told from the token
     mark = twice[-1] if twice[-2:-1] == twice[-1:] else None
     begin = [tokenizer.bos_id] if template.begin and tokenizer.adds_bos and tokenizer.bos_id is not None else []
