@@ -21,7 +21,7 @@ from calibration.statistics import Statistics, fingerprint
 from graphs.dialogue import DECODER, EMBEDDING, ENCODER, VISION, Dialogue, Read
 from graphs.errors import UserError
 from graphs.model import Model
-from graphs.preprocess.picture import Array, View
+from graphs.preprocess.picture import Array, View, pictures
 from graphs.preprocess.prompt import ImageSegment, Piece, TextSegment, read, segments
 from graphs.preprocess.tokenizer import Tokenizer, load_tokenizer
 from graphs.program import Program
@@ -86,13 +86,9 @@ class Prompter:
 
     def __call__(self, sample: Sample) -> Prompt:
         """Raises UserError where the model takes no pictures or the template cannot place them."""
-        if sample.images and self.processor is None:
-            raise UserError("this model takes no pictures")
-        processor = self.processor
-        seen = [processor.picture(image) for image in sample.images] if processor else []
-        pictures = [processor.asked(picture, sample.question) for picture in seen] if processor else []
-        pieces = read(self.template, sample.question, pictures, self.tokenizer)
-        end = segments(self.template, sample.question, len(pictures))[-1]
+        seen = pictures(self.processor, sample.images, sample.question)
+        pieces = read(self.template, sample.question, seen, self.tokenizer)
+        end = segments(self.template, sample.question, len(seen))[-1]
         return Prompt(tuple(pieces), self.answer(end, sample.answer))
 
     def answer(self, last: TextSegment | ImageSegment, answer: str | None) -> tuple[int, ...]:

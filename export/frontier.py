@@ -28,7 +28,7 @@ from export.stages import Progress, to_stderr
 from graphs.compress.base import parse, write
 from graphs.compress.passes.prune import RULES
 from graphs.errors import UserError
-from graphs.files import read_json
+from graphs.files import read_json, write_whole
 from quant.recipe import names, recipe
 
 SCHEMA = 1
@@ -193,9 +193,7 @@ def publish(out: Path, about: Row, rows: Sequence[Row], left: Sequence[Cell]) ->
     """Write the data, then the page and the picture made from it."""
     out.mkdir(parents=True, exist_ok=True)
     report = {"schema": SCHEMA, "facts": about, "rows": list(rows), "not_run": [asdict(cell) for cell in left]}
-    new = out / "frontier.json.new"
-    new.write_text(json.dumps(report, indent=1) + "\n")
-    new.replace(out / "frontier.json")
+    write_whole(out / "frontier.json", json.dumps(report, indent=1) + "\n")
     (out / "frontier.md").write_text(page(report))
     (out / "frontier.svg").write_text(picture(report))
 

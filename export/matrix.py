@@ -19,6 +19,7 @@ from export.matrix_jobs import KINDS, Job, jobs
 from export.matrix_page import page
 from export.stages import to_stderr
 from graphs import registry
+from graphs.files import write_whole
 
 #: jobs at a time, each in a process of its own
 WORKERS = 2
@@ -30,13 +31,6 @@ def attempt(job: Job) -> dict[str, Any]:
         return alone(job.run)
     except Exception as error:  # a row that failed shows why, the others go on
         return {"key": job.key, **vars(job), "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = path.with_suffix(f"{path.suffix}.part")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def main() -> int:
@@ -65,7 +59,7 @@ def main() -> int:
         became = next((f"{why}: {row[why]}" for why in ("failed", "refused") if why in row), "passed")
         with lock:
             known[job.key] = row
-            write(data, json.dumps([known[j.key] for j in wanted if j.key in known], indent=1) + "\n")
+            write_whole(data, json.dumps([known[j.key] for j in wanted if j.key in known], indent=1) + "\n")
             done = sum(j.key in known for j in wanted)
             to_stderr(f"[{done}/{len(wanted)}] {job.key}: {became}")
 
@@ -73,7 +67,7 @@ def main() -> int:
         list(pool.map(run, todo))
     rows = [known[job.key] for job in wanted if job.key in known]
     command = " ".join(["python -m export.matrix", *sys.argv[1:]]) if sys.argv[1:] else "make matrix"
-    write(text, page(rows, command, len(wanted) - len(rows)))
+    write_whole(text, page(rows, command, len(wanted) - len(rows)))
     failed = sum("failed" in row for row in rows)
     to_stderr(f"{text}: {len(rows)} of {len(wanted)} jobs, {failed} failed")
     return 1 if failed else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -81,7 +81,7 @@ def passed(row: Row) -> bool:
     return "lower" in row
 
 
-def rung(rows: Iterable[Row], good: Any) -> str:
+def rung(rows: Iterable[Row], good: Callable[[Row], bool]) -> str:
     """How many of the rows that say something are good; blank where none was run or all are refused."""
     told = [row for row in rows if "refused" not in row]
     right = sum("failed" not in row and good(row) for row in told)

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from export.verify import Vectors, compare, inputs_of, program_signatures, record, seeded_inputs
+from export.verify import Vectors, compare, program_signatures, record, seeded_inputs
 from graphs.program import Program
 from quant.precision import CastFloats
 from quant.resolve import Resolved
@@ -124,13 +124,13 @@ def trial(resolved: Resolved, base: float, rounded: Program, program: Program) -
     same = None if program is rounded else EagerRuntime(kept)
     best: tuple[float, Trial] | None = None
     for noise, seed in product(NOISES if choosing else NOISES[:1], range(SEEDS if unsettled or choosing else 1)):
-        noisy = [Nudged(chosen.methods, chosen.weights, chosen.constants, noise, draw) for draw in range(DRAWS)]
-        expected = record(mine, seeded_inputs(program_signatures(program), seed))
-        given = inputs_of(expected)
-        shaken = movement(noisy, {name: given[name] for name in choosing}, expected)
-        worst = max(shaken.values(), default=0.0)
+        given = seeded_inputs(program_signatures(program), seed)
+        shown = {name: given[name] for name in choosing}
+        noisy = (Nudged(chosen.methods, chosen.weights, chosen.constants, noise, draw) for draw in range(DRAWS))
+        worst = max(movement(noisy, shown, record(mine, shown)).values(), default=0.0)
         if best and worst > MOST:
             continue
+        expected = record(mine, given)
         inputs = {name: given[name] for name in unsettled}
         moved = movement(nudged, inputs, record(same, inputs) if same else expected)
         limits = {name: min(MOST, max(base, SLACK * moved.get(name, 0.0))) for name in expected}

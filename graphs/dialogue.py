@@ -161,9 +161,7 @@ class Dialogue:
         if ENCODER not in self.caller.signatures:
             return self.decode(prompt.embeds_1SD, prompt.rope_3S, prompt.span_S2)
         known = {"inputs_embeds": prompt.embeds_1SD, "input_ids": np.array([prompt.ids], np.int64), **prompt.carried}
-        wanted = self.caller.signatures[ENCODER].inputs
-        given = [known[spec.name] if spec.name in known else absent(spec) for spec in wanted]
-        self.carried |= self.outputs(ENCODER, given)
+        self.carried |= self.outputs(ENCODER, self.inputs(ENCODER, known))
         return self.step(*self.start)
 
     def step(self, *tokens: int) -> Array:
@@ -182,8 +180,7 @@ class Dialogue:
             "cross_span": span_S2,
             **self.carried,
         }
-        inputs = [known[spec.name] if spec.name in known else absent(spec) for spec in self.inputs]
-        logits_1SV = self.caller.call(DECODER, inputs)[0]
+        logits_1SV = self.caller.call(DECODER, self.inputs(DECODER, known))[0]
         self.position, self.rope = self.position + length, int(rope_3S.max()) + 1
         self.span = tuple(span_S2[-1].tolist())
         vector: Array = logits_1SV[0, -1]
@@ -197,10 +194,10 @@ class Dialogue:
         length = self.caller.signatures[ENCODER].inputs[0].shape[1]
         return length if isinstance(length, int) else length.max
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What the decoder takes."""
-        return self.caller.signatures[DECODER].inputs
+    def inputs(self, method: str, known: Mapping[str, Array]) -> list[Array]:
+        """What a method takes, by name; zeros for what is not known."""
+        wanted = self.caller.signatures[method].inputs
+        return [known[spec.name] if spec.name in known else absent(spec) for spec in wanted]
 
     def tokens(self, ids: list[int]) -> Array:
         """Embeddings [1, S, D] of token ids."""

@@ -84,3 +84,10 @@ def read_optional_json(directory: Path, name: str) -> dict[str, Any]:
     if not (directory / name).exists() and not (directory / name).is_symlink():
         return {}
     return read_json(contained(directory, name))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all, in place of any that was there."""
+    draft = path.with_name(f"{path.name}.new")
+    draft.write_text(text)
+    draft.replace(path)

@@ -12,7 +12,7 @@ from graphs.compress.base import apply, parse
 from graphs.dialogue import Segment
 from graphs.errors import UserError
 from graphs.model import Request, load_model
-from graphs.preprocess.picture import Processor, from_json, tuples
+from graphs.preprocess.picture import Processor, from_json, pictures, tuples
 from graphs.preprocess.prompt import PromptTemplate, read
 from graphs.preprocess.tokenizer import Tokenizer, load_tokenizer
 from graphs.program import Program
@@ -84,11 +84,7 @@ class Session:
 
     def segments(self, prompt: str, images: Sequence[Image.Image]) -> list[Segment]:
         """Token ids and pixels in the order the decoder reads them."""
-        if images and self.processor is None:
-            raise UserError("this model takes no pictures")
-        processor = self.processor
-        pictures = [processor.asked(processor.picture(image), prompt) for image in images] if processor else []
-        return list(read(self.template, prompt, pictures, self.tokenizer))
+        return list(read(self.template, prompt, pictures(self.processor, images, prompt), self.tokenizer))
 
     def stream(
         self, prompt: str, images: Sequence[Image.Image], max_new_tokens: int = 128, choose: Sampler = greedy

@@ -42,6 +42,12 @@ def photographs() -> list[Image.Image]:
     return [china, flower.rotate(90, expand=True), china.crop((100, 50, 131, 400)), flower.resize((30, 20))]
 
 
+def odd_pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+    """The photographs, and noise of the given sizes (height, width), up to 90 x 400: shapes that are hard to fit."""
+    noise = np.random.default_rng(1).integers(0, 256, (90, 400, 3), np.uint8)
+    return [*photographs(), *(Image.fromarray(noise[:height, :width]) for height, width in sizes)]
+
+
 def raw_pixels(side: int, count: int = 1) -> list[np.ndarray]:
     """Random pictures, uint8 [1, 3, side, side]."""
     generator = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,15 @@ class Normalized(Processor):
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     rescale_factor: float
+
+
+def pictures(processor: Processor | None, images: Sequence[Image.Image], words: str) -> list[Picture]:
+    """Pictures for a model, asked about with `words`. Raises UserError where it takes none."""
+    if processor is None:
+        if images:
+            raise UserError("this model takes no pictures")
+        return []
+    return [processor.asked(processor.picture(image), words) for image in images]
 
 
 def tuples(value: Any) -> Any:

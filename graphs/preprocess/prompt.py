@@ -38,9 +38,7 @@ class PromptTemplate:
     images_first: bool = False  # pictures that lead stand before the token that begins a text
     tasks: tuple[tuple[str, str], ...] = ()  # a token of a question, and what is asked for it and the rest, `{input}`
     user_text: str = ""  # instead of `user` where no image follows it, if that differs
-    label: str = (
-        ""  # instead of a placeholder: `{image}` is the placeholder, `{index}` its number from 0, `{number}` from 1
-    )
+    label: str = ""  # instead of a placeholder: `{image}` is that, `{index}` its number from 0, `{number}` from 1
     around: str = ""  # word around a picture's text: shared by neighbours, a blank behind it before another word
 
     def render(self, prompt: str, images: int) -> str:
@@ -52,26 +50,34 @@ class PromptTemplate:
         placed = prompt.count(self.image)
         if placed not in (0, images):
             raise UserError(f"the prompt has {placed} x {self.image} for {images} image(s); write {images} or none")
-        for token, question in self.tasks:
-            if token in prompt:
-                rest = prompt.replace(token, "").strip()
-                if rest and "{input}" not in question:
-                    raise UserError(f"{token} is all that such a prompt may say; it has '{shown(rest, 40)}' besides")
-                prompt = question.replace("{input}", rest)
-                break
         before = "" if placed else (self.image + self.image_separator) * images
-        asked = f"{before}{prompt}"
+        asked = f"{before}{self.tasked(prompt)}"
         user = self.user if asked.startswith(self.image) else self.user_text or self.user
         head, mark, tail = asked.rpartition(self.image)
         return self.labelled(f"{self.system}{user}{head}{mark}{self.question}{tail}{self.assistant}")
+
+    def tasked(self, prompt: str) -> str:
+        """What is asked for the first of `tasks` that the prompt names; the prompt itself where it names none.
+
+        Raises: UserError where the prompt says more than that task takes.
+        """
+        token, question = next((task for task in self.tasks if task[0] in prompt), ("", ""))
+        if not token:
+            return prompt
+        rest = prompt.replace(token, "").strip()
+        if rest and "{input}" not in question:
+            raise UserError(f"{token} is all that such a prompt may say; it has '{shown(rest, 40)}' besides")
+        return question.replace("{input}", rest)
 
     def labelled(self, text: str) -> str:
         """`text` with every placeholder in its label, where there are such."""
         if not self.label:
             return text
         head, *rest = text.split(self.image)
-        labels = [self.label.format(image=self.image, index=i, number=i + 1) for i in range(len(rest))]
-        return head + "".join(label + after for label, after in zip(labels, rest, strict=True))
+        for index, after in enumerate(rest):  # not str.format, whose fields reach further: manifests are untrusted
+            numbered = self.label.replace("{index}", str(index)).replace("{number}", str(index + 1))
+            head += numbered.replace("{image}", self.image) + after
+        return head
 
 
 #: one turn as llava-hf's processors write it, without a system's words

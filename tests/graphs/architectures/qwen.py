@@ -22,7 +22,7 @@ from graphs.trace import trace
 from runtimes.eager import EagerRuntime
 from runtimes.generate import generate
 from tests.numbers import relative_l2
-from tests.pretrained import byte_tokenizer, photographs, randomized, save
+from tests.pretrained import byte_tokenizer, odd_pictures, photographs, randomized, save
 
 MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>"]
 IMAGE, VIDEO = 262, 263  # ids of the third and fourth of them
@@ -75,8 +75,7 @@ def reference(
 
 def pictures() -> list[Image.Image]:
     """Photographs, and shapes that are hard to fit."""
-    noise = np.random.default_rng(1).integers(0, 256, (90, 400, 3), np.uint8)
-    return [*photographs(), Image.fromarray(noise[:, :9]), Image.fromarray(noise[:13]), Image.fromarray(noise[:5, :7])]
+    return odd_pictures((90, 9), (13, 400), (5, 7))
 
 
 def frames(count: int) -> list[Image.Image]:

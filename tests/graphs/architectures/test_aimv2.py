@@ -25,13 +25,14 @@ from graphs.preprocess.patched import PatchedProcessor
 from graphs.preprocess.picture import from_json
 from graphs.preprocess.text import padded
 from graphs.preprocess.tokenizer import load_tokenizer
-from graphs.trace import count_parameters, trace
+from graphs.trace import trace
 from runtimes.base import Caller
 from runtimes.eager import EagerRuntime
 from runtimes.manifest import Bundle
 from runtimes.session import open_runtime
 from tests.numbers import relative_l2
 from tests.pretrained import byte_tokenizer, photographs, randomized, save
+from tests.published import counted
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -244,9 +245,7 @@ def test_tiny_lowers(target: str, variant: str, tmp_path: Path) -> None:
 
 
 def test_published_sizes_count() -> None:
-    for variant in Aimv2.variants():
-        if variant.parameters:
-            assert count_parameters(variant.architecture) == pytest.approx(variant.parameters, rel=0.01)
+    counted(Aimv2)
 
 
 def test_absent_keys_are_transformers_defaults() -> None:

@@ -32,7 +32,7 @@ from runtimes.generate import generate
 from runtimes.manifest import Bundle
 from runtimes.session import Session
 from tests.numbers import relative_l2
-from tests.pretrained import byte_tokenizer, photographs, randomized, save
+from tests.pretrained import byte_tokenizer, odd_pictures, photographs, randomized, save
 
 #: transformers' image processor takes squares of 490 and 980 pixels alone
 SIDE = 490
@@ -101,8 +101,7 @@ def reference(
 
 def pictures() -> list[Image.Image]:
     """Photographs, and shapes that are stretched."""
-    noise = np.random.default_rng(1).integers(0, 256, (90, 400, 3), np.uint8)
-    return [*photographs(), *(Image.fromarray(part) for part in (noise[:, :7], noise[:13], noise[:24, :24]))]
+    return odd_pictures((90, 7), (13, 400), (24, 24))
 
 
 def patches(pixels: torch.Tensor, mask: torch.Tensor, side: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -36,14 +35,15 @@ from graphs.model import Request, load_model, parameter_shapes
 from graphs.preprocess.prompt import read
 from graphs.preprocess.tokenizer import load_tokenizer
 from graphs.spec import Architecture
-from graphs.trace import count_parameters, trace
+from graphs.trace import trace
 from graphs.weights import Checkpoint, Weights
 from runtimes.eager import EagerRuntime
 from runtimes.manifest import Bundle
 from runtimes.session import Session
 from tests.answers import all_logits, greedy_tokens
 from tests.numbers import relative_l2
-from tests.pretrained import byte_tokenizer, photographs, randomized, save
+from tests.pretrained import byte_tokenizer, odd_pictures, photographs, randomized, save
+from tests.published import counted
 
 MARK = "<image_placeholder>"
 VISION: dict[str, Any] = {
@@ -135,8 +135,7 @@ def reference(
 
 def pictures() -> list[Image.Image]:
     """Photographs, and shapes that are hard to fit."""
-    noise = np.random.default_rng(1).integers(0, 256, (90, 400, 3), np.uint8)
-    return [*photographs(), Image.fromarray(noise[:, :7]), Image.fromarray(noise[:13]), Image.fromarray(noise[:9, :9])]
+    return odd_pictures((90, 7), (13, 400), (9, 9))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -293,9 +292,7 @@ def test_bundles_answer_as_transformers_does(case: str, tmp_path: Path) -> None:
 
 
 def test_published_sizes_count() -> None:
-    for variant in DeepseekVL.variants():
-        if variant.parameters:
-            assert count_parameters(variant.architecture) == pytest.approx(variant.parameters, rel=0.01)
+    counted(DeepseekVL)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ from runtimes.manifest import Bundle
 from runtimes.session import Session
 from tests.answers import all_logits, greedy_tokens
 from tests.numbers import relative_l2
-from tests.pretrained import byte_tokenizer, photographs, randomized, save
+from tests.pretrained import byte_tokenizer, odd_pictures, randomized, save
+from tests.published import counted
 
 HALF = [0.5, 0.5, 0.5]
 VISION: dict[str, Any] = {
@@ -120,8 +121,7 @@ def reference(
 
 def pictures() -> list[Image.Image]:
     """Photographs, and shapes that are hard to fit."""
-    noise = np.random.default_rng(1).integers(0, 256, (90, 400, 3), np.uint8)
-    return [*photographs(), Image.fromarray(noise[:, :7]), Image.fromarray(noise[:13])]
+    return odd_pictures((90, 7), (13, 400))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -297,9 +297,7 @@ def test_bundles_read_and_draw_as_transformers_does(tmp_path: Path) -> None:
 
 
 def test_published_sizes_count() -> None:
-    for variant in (*Janus.variants(), *JanusPro.variants()):
-        if variant.parameters:
-            assert count_parameters(variant.architecture) == pytest.approx(variant.parameters, rel=0.01)
+    counted(Janus, JanusPro)
 
 
 def test_the_checkpoint_counts_whole(tmp_path: Path) -> None:

@@ -28,13 +28,14 @@ from graphs.dialogue import Dialogue
 from graphs.errors import UserError
 from graphs.model import Request, load_model
 from graphs.preprocess.tiling import TilingProcessor
-from graphs.trace import count_parameters, trace
+from graphs.trace import trace
 from runtimes.eager import EagerRuntime
 from runtimes.generate import generate
 from runtimes.manifest import Bundle
 from runtimes.session import Session
 from tests.numbers import relative_l2
-from tests.pretrained import byte_tokenizer, photographs, randomized, save
+from tests.pretrained import byte_tokenizer, odd_pictures, randomized, save
+from tests.published import counted
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
@@ -99,13 +100,7 @@ def reference(
 
 def pictures() -> list[Image.Image]:
     """Photographs, and shapes that are hard to fit."""
-    noise = np.random.default_rng(1).integers(0, 256, (90, 400, 3), np.uint8)
-    return [
-        *photographs(),
-        Image.fromarray(noise[:, :7]),
-        Image.fromarray(noise[:13]),
-        Image.fromarray(noise[:24, :24]),
-    ]
+    return odd_pictures((90, 7), (13, 400), (24, 24))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,9 +169,7 @@ def test_tiny_lowers(target: str, tmp_path: Path) -> None:
 
 
 def test_published_sizes_count() -> None:
-    for variant in LlavaNext.variants():
-        if variant.parameters:
-            assert count_parameters(variant.architecture) == pytest.approx(variant.parameters, rel=0.01)
+    counted(LlavaNext)
 
 
 @pytest.mark.parametrize(

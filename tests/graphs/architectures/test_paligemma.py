@@ -31,13 +31,14 @@ from graphs.model import Request, load_model
 from graphs.preprocess.picture import Picture
 from graphs.preprocess.prompt import read
 from graphs.preprocess.tokenizer import load_tokenizer
-from graphs.trace import count_parameters, trace
+from graphs.trace import trace
 from runtimes.eager import EagerRuntime
 from runtimes.manifest import Bundle
 from runtimes.session import Session
 from tests.answers import all_logits, greedy_tokens
 from tests.numbers import relative_l2
 from tests.pretrained import byte_tokenizer, photographs, randomized, save
+from tests.published import counted
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -219,9 +220,7 @@ def test_bundles_answer_as_transformers_does(case: str, tmp_path: Path) -> None:
 
 
 def test_published_sizes_count() -> None:
-    for variant in (*PaliGemma.variants(), *PaliGemma2.variants()):
-        if variant.parameters:
-            assert count_parameters(variant.architecture) == pytest.approx(variant.parameters, rel=0.01)
+    counted(PaliGemma, PaliGemma2)
 
 
 def test_a_published_configuration_is_the_published_size() -> None:

@@ -23,7 +23,7 @@ from graphs.errors import UserError
 from graphs.model import Request, load_model
 from graphs.preprocess.picture import from_json
 from graphs.preprocess.thinned import ThinningProcessor, centre
-from graphs.trace import count_parameters, trace
+from graphs.trace import trace
 from runtimes.eager import EagerRuntime
 from runtimes.generate import generate
 from runtimes.manifest import Bundle
@@ -31,6 +31,7 @@ from runtimes.session import Session
 from tests.graphs.architectures import qwen
 from tests.numbers import relative_l2
 from tests.pretrained import photographs, randomized, save
+from tests.published import counted
 
 VISION = {
     "hidden_size": 32,
@@ -189,9 +190,7 @@ def test_bundle_answers_as_transformers_does(tmp_path: Path) -> None:
 
 
 def test_published_sizes_count() -> None:
-    for variant in VideoLlama3.variants():
-        if variant.parameters:
-            assert count_parameters(variant.architecture) == pytest.approx(variant.parameters, rel=0.01)
+    counted(VideoLlama3)
 
 
 def test_bounds_of_a_bundle() -> None:
