@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from calibration.samples import Sample, zoo_samples
+from export.check import recorded_limits
 from export.pipeline import ExportOptions, export
 from export.stages import Progress, to_stderr
 from graphs.model import Request
@@ -121,7 +122,7 @@ def measure(count: int, seed: int, progress: Progress) -> dict[str, Any]:
         for target in TARGETS:
             out = export(ExportOptions(Request("mobilevlm"), target, out=Path(scratch) / target), progress)
             bundle = Bundle.open(out)
-            limit = float(bundle.manifest["limits"]["text_decoder"])
+            limit = recorded_limits(bundle)["text_decoder"].relative_l2
             if not eager:
                 session = Session.open(bundle, "eager")
                 eager = [answer(session, sample) for sample in samples]

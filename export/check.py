@@ -5,23 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from export.gate import Limit, execute
 from export.stability import MOST
 from export.stages import Progress
-from export.verify import execute, load_vectors
+from export.verify import load_vectors
 from graphs.errors import GateError, UserError
 from runtimes.base import Unavailable, load_runtime
 from runtimes.manifest import VECTORS, Bundle, inside
 
 
-def recorded_limits(bundle: Bundle) -> dict[str, float]:
+def recorded_limits(bundle: Bundle) -> dict[str, Limit]:
     """The limit of each method that the bundle was exported under. Raises UserError where the manifest lacks one."""
     limits = bundle.manifest.get("limits")
-    found: dict[str, float] = {}
+    found: dict[str, Limit] = {}
     for method in bundle.artifact.signatures:
         limit = limits.get(method) if isinstance(limits, dict) else None
-        if not isinstance(limit, float) or not 0 < limit <= MOST:
-            raise UserError(f"{bundle.directory}: the manifest's limit for {method} is {limit!r}")
-        found[method] = limit
+        try:
+            found[method] = Limit.from_json(limit, MOST)
+        except ValueError as error:
+            raise UserError(f"{bundle.directory}: the manifest's limit for {method} is {limit!r}") from error
     return found
 
 

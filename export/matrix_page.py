@@ -8,6 +8,7 @@ from datetime import date
 from importlib.metadata import version
 from typing import Any
 
+from export.gate import words
 from export.targets.base import TARGETS
 
 PACKAGES = ("torch", "onnxruntime", "executorch", "coremltools", "tensorrt-rtx-cu13", "transformers")
@@ -36,7 +37,8 @@ def page(rows: Sequence[Row], command: str, left: int) -> str:
         "Relative L2 of each lowered method against the graph it was lowered from, prefill and decode steps, on seeded "
         "inputs. The limit is 1e-4 in fp32 and 1e-2 in fp16 and for quantized graphs, or, where activations are "
         "rounded, twice what the graph itself moves when it is computed in other floats; what is beyond it is not "
-        "written. Behind each error, how many layers the recipe keeps in which scheme. `tiny` has random weights.",
+        'written. Where tokens are chosen by content, near ties may be decided otherwise: "others" are the tokens that '
+        "are, at most twice as many as where the graph itself is shaken; the error is then that of the rest. Behind each error, how many layers the recipe keeps in which scheme. `tiny` has random weights.",
         "",
         f"{len(exports)} exports: {written} written, {refused} refused by name, {failed} failed"
         + (f"; {left} jobs were not run for want of time." if left else "."),
@@ -93,7 +95,7 @@ def rung(rows: Iterable[Row], good: Callable[[Row], bool]) -> str:
 def cell(row: Row, method: str) -> str:
     """What became of one method, and what its layers are kept in."""
     entry = row["lower"][method]
-    found = f"{entry['relative_l2']:.1e}" if entry["executed"] else f"not executed; {entry['checked']}"
+    found = words(entry) if entry["executed"] else f"not executed; {entry['checked']}"
     schemes = ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].get(method, {}).items())
     return f"{method} {found}" + (f" ({schemes})" if schemes else "")
 

@@ -14,6 +14,7 @@ import torch
 
 from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
+from export.gate import Limit, execute, words
 from export.stability import trial
 from export.stages import Progress, Stages, to_stderr
 from export.targets.base import Lowered, LowerOptions, Target, load_target
@@ -23,7 +24,6 @@ from export.verify import (
     compare,
     compare_compressed,
     declared,
-    execute,
     inputs_of,
     program_signatures,
     record,
@@ -113,7 +113,7 @@ def artifact_of(program: Program, lowered: Lowered, directory: Path) -> Artifact
 
 
 def verify_lowered(
-    target: str, artifact: Artifact, lowered: Lowered, expected: Vectors, limits: Mapping[str, float]
+    target: str, artifact: Artifact, lowered: Lowered, expected: Vectors, limits: Mapping[str, Limit]
 ) -> dict[str, dict[str, Any]]:
     """The `lower` entries of the manifest. Raises GateError where a method is off by more than its limit."""
     try:
@@ -223,7 +223,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "recipe": chosen.name,
                     "quantization": resolved.to_json(),
                     "calibration": None if statistics is None else statistics.origin.to_json(),
-                    "limits": dict(checks.limits),
+                    "limits": {name: limit.to_json() for name, limit in checks.limits.items()},
                     "vectors_seed": checks.seed,
                     "prompt": prompt,
                     "methods": {
@@ -253,5 +253,5 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
 def describe(entry: Mapping[str, Any]) -> str:
     """A `lower` entry in words."""
     if entry["executed"]:
-        return f"relative L2 {entry['relative_l2']:.2e} (limit {entry['limit']:g}) by {entry['by']}"
+        return f"relative L2 {words(entry)} (limit {entry['limit']:g}) by {entry['by']}"
     return f"NOT EXECUTED, {entry['why']}; {entry['checked'] or 'nothing checked'}"

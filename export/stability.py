@@ -9,15 +9,16 @@ weights a few last bits larger or smaller.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from export.verify import Vectors, compare, program_signatures, record, seeded_inputs
+from export.gate import SAME, Distance, Limit, are_tokens, distance
+from export.verify import Call, Vectors, program_signatures, record, seeded_inputs
 from graphs.program import Program
 from quant.precision import CastFloats
 from quant.resolve import Resolved
@@ -36,36 +37,55 @@ NUDGES = (0, 1, -1, 4, -4)
 #: the least of such roundings, some of float32's
 LEAST = 2.0**-20
 
-#: inputs that are tried for one at which the graph is steadier than that
-SEEDS = 24
-
-
 #: operators that choose by value: where two candidates are near a tie, noise decides what is computed behind them
 CHOOSING = (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)
 
-#: relative noise on all floating weights, about what eight bits and half precision add up to; less where no inputs are
-#: steady under so much; and how often it is drawn
-NOISES, DRAWS = (2.0**-7, 2.0**-8, 2.0**-9), 12
+#: relative noise on the floating weights of methods that choose, about what eight bits add up to where activations are
+#: rounded, or so many roundings of the floats where not; and how often it is drawn
+NOISE, ROUNDINGS, DRAWS = 2.0**-7, 8, 8
+
+#: inputs that are tried for one at which such methods are steady
+SEEDS = 12
+
+
+def rounding(resolved: Resolved) -> set[str]:
+    """The methods that round activations."""
+    return {layer.method for layer, scheme, _ in resolved.layers.values() if scheme.activations}
 
 
 @dataclass(frozen=True)
-class Nudged(Program):
-    """A program whose floating weights are changed by `relative`: all alike, or normally distributed, by `draw`.
+class Change:
+    """Floating weights changed by `relative`: all alike, or normally distributed, by `draw`.
 
     What is kept as quantized integers stays.
     """
 
-    relative: float = 0.0
+    relative: float
     draw: int | None = None
 
-    def tensor(self, method: str, entry: str) -> Tensor:
-        value = super().tensor(method, entry)
-        if not value.is_floating_point() or value.dtype.itemsize == 1:
-            return value
+    def of(self, name: str, value: Tensor) -> Tensor:
+        """`value` changed."""
         if self.draw is None:
             return value * (1 + self.relative)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw}:{method}:{entry}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw}:{name}".encode()))
         return value * (1 + self.relative * torch.randn(value.shape, generator=generator).to(value.dtype))
+
+
+class Shaken:
+    """One method of a program, run by torch with its floating weights changed."""
+
+    def __init__(self, program: Program, method: str) -> None:
+        self.program, self.method = part(program, [method]), method
+        self.runtime = EagerRuntime(self.program)
+
+    def calls(self, inputs: Sequence[list[Array]], change: Change) -> Sequence[Call]:
+        """What becomes of the inputs."""
+        state = {spec.name for spec in self.program.methods[self.method].signature.state}
+        module = self.runtime.module(self.method)
+        for name, held in (*module.named_parameters(), *module.named_buffers()):
+            if held.is_floating_point() and held.dtype.itemsize > 1 and name not in state:
+                held.data = change.of(f"{self.method}:{name}", self.program.tensor(self.method, name))
+        return record(self.runtime, {self.method: inputs})[self.method]
 
 
 def second_floats(resolved: Resolved) -> torch.dtype:
@@ -79,7 +99,7 @@ class Trial:
 
     seed: int
     expected: Vectors
-    limits: Mapping[str, float]
+    limits: Mapping[str, Limit]
 
 
 def part(program: Program, methods: Iterable[str]) -> Program:
@@ -87,56 +107,97 @@ def part(program: Program, methods: Iterable[str]) -> Program:
     return Program({name: program.methods[name] for name in methods}, program.weights, program.constants)
 
 
-def movement(
-    programs: Iterable[Program], inputs: Mapping[str, list[list[Array]]], expected: Vectors
-) -> dict[str, float]:
-    """How far the farthest of some programs is from what is expected of the given inputs: relative L2 by method.
+def unsteady(found: Distance) -> float:
+    """How much of a check is lost on what moves so far, from 0: the error, or the share of tokens that may be others.
 
-    The programs after one that is farther than `MOST` are not asked.
+    Beyond `MOST` a better one is looked for.
     """
-    moved: dict[str, float] = dict.fromkeys(inputs, 0.0)
-    for program in programs if inputs else ():
-        found = compare(record(EagerRuntime(program), inputs), {name: expected[name] for name in inputs})
-        moved |= {name: max(moved[name], entry["relative_l2"]) for name, entry in found.items()}
-        if max(moved.values()) > MOST:
+    return max(found.relative_l2 / SAME if found.tokens else found.relative_l2, SLACK * found.share)
+
+
+def movement(
+    shaken: Shaken, changes: Iterable[Change], inputs: Sequence[list[Array]], expected: Sequence[Call], limit: Limit
+) -> Distance:
+    """How far a method moves at most from what is expected of the given inputs, when changed in one way or another.
+
+    Changes behind one at which it is unsteady are not tried.
+    """
+    moved = Distance(0.0)
+    for change in changes:
+        moved = moved.farthest(distance(shaken.calls(inputs, change), expected, limit))
+        if unsteady(moved) > MOST:
             break
     return moved
+
+
+def choosing(program: Program) -> set[str]:
+    """The methods with an operator that chooses by value."""
+    return {
+        name
+        for name, traced in program.methods.items()
+        if any(node.target in CHOOSING for node in traced.exported.graph.nodes)
+    }
+
+
+class Experiment:
+    """One method of a program that rounds activations (`rounds`), chooses by value (`chooses`), or both.
+
+    `program` is as deployed, `rounded` as it was before its floats were cast; `base` is the gate of a steady method.
+    """
+
+    def __init__(self, resolved: Resolved, base: float, rounded: Program, program: Program, method: str) -> None:
+        self.base, self.method = base, method
+        self.rounds, self.chooses = method in rounding(resolved), method in choosing(program)
+        kept, step = part(rounded, [method]), max(LEAST, torch.finfo(getattr(torch, resolved.floats)).eps)
+        self.nudges = [Change(step * by) for by in NUDGES]
+        self.noises = [Change(NOISE if self.rounds else ROUNDINGS * step, draw) for draw in range(DRAWS)]
+        self.same = None if program is rounded else EagerRuntime(kept)
+        self.other = Shaken(CastFloats(second_floats(resolved)).run(kept), method) if self.rounds else None
+        self.mine = Shaken(program, method) if self.chooses else None
+        self.picks = self.chooses and not program.methods[method].signature.state
+
+    def limit(self, calls: Sequence[Call]) -> tuple[Limit, float]:
+        """The gate of the method at the inputs of `calls`, its own, and how unsteady it is there."""
+        inputs = [call.inputs for call in calls]
+        limit = Limit(MOST, 0 if self.picks and are_tokens(calls) else None)
+        moved = shaken = Distance(0.0)
+        if self.other:
+            same = record(self.same, {self.method: inputs})[self.method] if self.same else calls
+            moved = movement(self.other, self.nudges, inputs, same, limit)
+        limit = replace(limit, relative_l2=min(MOST, max(self.base, SLACK * moved.relative_l2)))
+        if self.mine:
+            shaken = movement(self.mine, self.noises, inputs, calls, limit)
+        if limit.others is not None:
+            far = shaken.farthest(moved)
+            limit = replace(limit, others=min(far.tokens // 2, math.ceil(SLACK * far.others)))
+        return limit, max(SLACK * moved.relative_l2, unsteady(shaken), unsteady(moved))
 
 
 def trial(resolved: Resolved, base: float, rounded: Program, program: Program) -> Trial:
     """The first of some seeds at whose inputs the program as deployed is steady enough to be checked against.
 
     Where tokens are chosen by content, inputs may put two of them near a tie that rounding decides, and the outputs are
-    then of other tokens altogether: no fault of an artefact, and no check of it either. Such inputs are passed over, by
-    an experiment with noise as large as a target's. The gate of each method is `base`, or more where it rounds
-    activations and is unstable. `rounded` is the program before its floats are cast.
+    then of other tokens altogether: no fault of an artefact, and no check of it either. So inputs are looked for at
+    which few are, by an experiment with noise as large as a target's, and the gate allows twice as many as that found.
+    The error allowed is `base`, or more where a method rounds activations and is unstable. `rounded` is the program
+    before its floats are cast.
     """
-    unsettled = {layer.method for layer, scheme, _ in resolved.layers.values() if scheme.activations}
-    choosing = {
-        name
-        for name, traced in program.methods.items()
-        if any(node.target in CHOOSING for node in traced.exported.graph.nodes)
+    runtime = EagerRuntime(program)
+    doubtful = {
+        name: Experiment(resolved, base, rounded, program, name)
+        for name in program
+        if name in rounding(resolved) | choosing(program)
     }
-    mine, kept, chosen = EagerRuntime(program), part(rounded, unsettled), part(program, choosing)
-    other = CastFloats(second_floats(resolved)).run(kept)
-    step = max(LEAST, torch.finfo(getattr(torch, resolved.floats)).eps)
-    nudged = [Nudged(other.methods, other.weights, other.constants, step * by) for by in NUDGES]
-    same = None if program is rounded else EagerRuntime(kept)
+    steady = {name: Limit(base) for name in program}
     best: tuple[float, Trial] | None = None
-    for noise, seed in product(NOISES if choosing else NOISES[:1], range(SEEDS if unsettled or choosing else 1)):
+    for seed in range(SEEDS if doubtful else 1):
         given = seeded_inputs(program_signatures(program), seed)
-        shown = {name: given[name] for name in choosing}
-        noisy = (Nudged(chosen.methods, chosen.weights, chosen.constants, noise, draw) for draw in range(DRAWS))
-        worst = max(movement(noisy, shown, record(mine, shown)).values(), default=0.0)
-        if best and worst > MOST:
-            continue
-        expected = record(mine, given)
-        inputs = {name: given[name] for name in unsettled}
-        moved = movement(nudged, inputs, record(same, inputs) if same else expected)
-        limits = {name: min(MOST, max(base, SLACK * moved.get(name, 0.0))) for name in expected}
-        worst = max(worst, SLACK * max(moved.values(), default=0.0))
+        expected = record(runtime, {name: given[name] for name in doubtful})
+        found = {name: doubtful[name].limit(calls) for name, calls in expected.items()}
+        worst = max((worst for _, worst in found.values()), default=0.0)
         if best is None or worst < best[0]:
-            best = worst, Trial(seed, expected, limits)
+            limits = steady | {name: limit for name, (limit, _) in found.items()}
+            best = worst, Trial(seed, record(runtime, given), limits)
         if worst <= MOST:
             break
     assert best is not None

@@ -1,4 +1,4 @@
-"""Errors of one program or artefact against another on the same seeded inputs, and the gate on them."""
+"""Errors of one program or artefact against another on the same seeded inputs, and these as a bundle keeps them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from graphs.errors import GateError, UserError
+from graphs.errors import UserError
 from graphs.program import Program, Signature
 from graphs.spec import TensorSpec
-from runtimes.base import Array, Caller, Runtime
+from runtimes.base import Array, Caller
 
 
 @dataclass(frozen=True)
@@ -102,36 +102,9 @@ def mean_over_tokens(vectors: Vectors) -> Vectors:
     }
 
 
-def gate(actual: Vectors, expected: Vectors, limits: Mapping[str, float], by: str) -> dict[str, dict[str, Any]]:
-    """The manifest's `lower` entry of every method, passed or not."""
-    return {
-        method: {
-            "executed": True,
-            "by": by,
-            "relative_l2": error["relative_l2"],
-            "limit": limits[method],
-            "passed": error["relative_l2"] <= limits[method],
-        }
-        for method, error in compare(actual, expected).items()
-    }
-
-
 def inputs_of(vectors: Vectors) -> dict[str, list[list[Array]]]:
     """What went into each call, to be put into another runtime."""
     return {method: [call.inputs for call in calls] for method, calls in vectors.items()}
-
-
-def execute(runtime: Runtime, expected: Vectors, limits: Mapping[str, float], what: str) -> dict[str, dict[str, Any]]:
-    """Run `expected`'s inputs and gate the outputs; the `lower` entries. Raises GateError naming the methods beyond."""
-    entries = gate(record(runtime, inputs_of(expected)), expected, limits, runtime.version)
-    failed = [
-        f"{name} {entry['relative_l2']:.2e} (limit {entry['limit']:.2g})"
-        for name, entry in entries.items()
-        if not entry["passed"]
-    ]
-    if failed:
-        raise GateError(f"{what} does not compute the model: relative L2 of {', '.join(failed)}")
-    return entries
 
 
 def save_vectors(path: Path, vectors: Vectors) -> None:

@@ -89,12 +89,14 @@ class Program:
             self.weights.release(name)
 
     def exported(self, method: str) -> ExportedProgram:
-        """A copy of a method's ExportedProgram with real weights and zeroed state."""
+        """A copy of a method's ExportedProgram with real weights, in tensors of its own over them, and zeroed state."""
         exported = copy.copy(self.methods[method].exported)
         values: dict[str, Tensor] = {}
         for entry, fake in exported.state_dict.items():
             value = self.tensor(method, entry)
-            values[entry] = nn.Parameter(value, requires_grad=False) if isinstance(fake, nn.Parameter) else value
+            values[entry] = (
+                nn.Parameter(value, requires_grad=False) if isinstance(fake, nn.Parameter) else value.detach()
+            )
         exported._state_dict = values
         exported._constants = dict(exported.constants)  # lowering takes entries out
         return exported

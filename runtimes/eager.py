@@ -22,11 +22,15 @@ class EagerRuntime:
 
     def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
         """Arrays in the order, shapes and dtypes of the method's signature, in and out."""
+        with torch.no_grad():
+            outputs = self.module(method)(*(torch.from_numpy(array) for array in inputs))
+        return [tensor.numpy() for tensor in (outputs if isinstance(outputs, (tuple, list)) else (outputs,))]
+
+    def module(self, method: str) -> nn.Module:
+        """What computes a method."""
         if method not in self._modules:
             self._modules[method] = self._program.module(method)
-        with torch.no_grad():
-            outputs = self._modules[method](*(torch.from_numpy(array) for array in inputs))
-        return [tensor.numpy() for tensor in (outputs if isinstance(outputs, (tuple, list)) else (outputs,))]
+        return self._modules[method]
 
     def reset(self) -> None:
         """Zero all state."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from export.gate import Limit
 from graphs.errors import UserError, nearest
 from graphs.program import Program
 
@@ -39,7 +40,7 @@ class LowerOptions:
     """What the pipeline tells a target; `progress` takes one line at a time, `extra` the target's own options."""
 
     floats: str  # what the recipe keeps unquantized numbers in
-    limits: Mapping[str, float]  # of each method's `lower` error
+    limits: Mapping[str, Limit]  # of each method's `lower` error
     seed: int = 0  # of inputs to check with
     metadata: Mapping[str, Any] = field(default_factory=dict)  # context, eos ids, visual tokens, ... for stock clients
     extra: Mapping[str, str] = field(default_factory=dict)

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import torch
 
 import quant.ops  # noqa: F401  (defines torch.ops.vlmx)
-from export.verify import relative_l2
+from export.gate import Limit, distance
+from export.verify import Call
 from graphs.errors import GateError
 from graphs.files import reason
 from graphs.program import Program, TracedMethod
@@ -25,7 +26,7 @@ FLOAT, HALVES = ir.DataType.FLOAT, (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TORCH_HALVES = (torch.float16, torch.bfloat16)
 
 
-def evaluate(program: Program, method: str, path: Path, limit: float, seed: int = 0) -> str:
+def evaluate(program: Program, method: str, path: Path, limit: Limit, seed: int = 0) -> str:
     """What onnxruntime makes of `path` against the program, in words. Raises GateError beyond `limit`.
 
     Inputs are drawn by `seed`. The method owns no state (`state_io.explicit_state`): caches are seeded inputs and
@@ -53,16 +54,16 @@ def evaluate(program: Program, method: str, path: Path, limit: float, seed: int 
     except Exception as error:  # its error types share no public base class
         raise GateError(f"{method}: {by} cannot load the ONNX graph: {reason(error)}") from error
     eager = EagerRuntime(program)
-    worst = 0.0
+    actual, expected = [], []
     for example in traced.signature.method(method).examples(seed, lengths=(12, 1)):
         inputs = [tensor.numpy() for tensor in example]
         feeds = {spec.name: array for spec, array in zip(traced.signature.inputs, inputs, strict=True)}
-        worst = max(worst, relative_l2(session.run(None, feeds), eager.call(method, inputs)))
-    if worst > limit:
-        raise GateError(
-            f"{method}: relative L2 of the ONNX graph, run by {by}, is {worst:.2e}; the limit is {limit:.0e}"
-        )
-    return f"evaluated by {by}: relative L2 {worst:.1e}"
+        actual.append(Call(inputs, session.run(None, feeds)))
+        expected.append(Call(inputs, eager.call(method, inputs)))
+    found = distance(actual, expected, limit)
+    if not limit.admits(found):
+        raise GateError(f"{method}: relative L2 of the ONNX graph, run by {by}, is {found}; the limit is {limit}")
+    return f"evaluated by {by}: relative L2 {found}"
 
 
 def needs_float32(traced: TracedMethod) -> bool:

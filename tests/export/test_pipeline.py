@@ -16,10 +16,11 @@ import pytest
 
 from export.check import verify_bundle
 from export.cli import main
+from export.gate import Limit, gate
 from export.pipeline import ExportOptions, export
 from export.stages import silent
 from export.targets.base import LIMITS
-from export.verify import Call, gate, relative_l2
+from export.verify import Call, relative_l2
 from graphs.errors import GateError, UserError
 from graphs.model import Request
 from runtimes.manifest import Bundle
@@ -111,6 +112,8 @@ def test_verify_finds_wrong_numbers_behind_right_hashes(bundle: Path, tmp_path: 
         ),
         ("methods", [], "damaged"),
         ("limits", {"text_decoder": 5.0}, "limit"),
+        ("limits", {"vision_encoder": {"relative_l2": 5.0}}, "limit"),
+        ("limits", {"vision_encoder": {"relative_l2": 1e-4, "others": "all"}}, "limit"),
     ],
 )
 def test_a_hostile_manifest_is_refused(bundle: Path, tmp_path: Path, key: str, value: Any, words: str) -> None:
@@ -133,7 +136,7 @@ def test_the_gate_sees_shapes_and_infinities() -> None:
     assert relative_l2(more, ones) == float("inf")
     assert relative_l2([np.array([[1, np.nan]], np.float32)], ones) == float("inf")
     assert relative_l2([ones[0] * 1.5], ones) == pytest.approx(0.5)
-    entry = gate({"m": [Call([], more)]}, {"m": [Call([], ones)]}, {"m": 1e-4}, "x")["m"]
+    entry = gate({"m": [Call([], more)]}, {"m": [Call([], ones)]}, {"m": Limit(1e-4)}, "x")["m"]
     assert entry["passed"] is False
 
 

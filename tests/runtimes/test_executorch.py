@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.gate import Limit
 from export.targets.base import LowerOptions
 from export.targets.executorch import FILE, TARGET
 from graphs.errors import UserError
@@ -26,7 +27,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     program = tiny_program("tiny")
     decoder = replace(program, methods={"text_decoder": program.methods["text_decoder"]})
     directory = tmp_path_factory.mktemp("decoder")
-    made = TARGET.lower(TARGET.legalize(decoder), directory, LowerOptions("float32", dict.fromkeys(program, 1e-4)))
+    made = TARGET.lower(
+        TARGET.legalize(decoder), directory, LowerOptions("float32", dict.fromkeys(program, Limit(1e-4)))
+    )
     signature = {"text_decoder": program.methods["text_decoder"].signature}
     return Artifact(directory, signature, made.files, made.details)
 

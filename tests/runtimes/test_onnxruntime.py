@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from export.gate import Limit
 from export.targets.base import LowerOptions
 from export.targets.onnxruntime import TARGET
 from graphs.errors import UserError
@@ -20,7 +21,9 @@ from tests.tiny import tiny_program
 def good(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     directory = tmp_path_factory.mktemp("good")
     program = tiny_program("tiny")
-    made = TARGET.lower(TARGET.legalize(program), directory, LowerOptions("float32", dict.fromkeys(program, 1e-4)))
+    made = TARGET.lower(
+        TARGET.legalize(program), directory, LowerOptions("float32", dict.fromkeys(program, Limit(1e-4)))
+    )
     signatures = {name: traced.signature for name, traced in program.methods.items()}
     return Artifact(directory, signatures, made.files, made.details)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from export.gate import Limit
 from export.targets import coreml_convert, coreml_graph
 from export.targets.base import Lowered, LowerOptions
 from export.targets.coreml import TARGET
@@ -47,7 +48,7 @@ class Export:
 
 def lower(program: Program, floats: str, directory: Path) -> Export:
     lines: list[str] = []
-    options = LowerOptions(floats, dict.fromkeys(program, 1e-2), metadata=FACTS, progress=lines.append)
+    options = LowerOptions(floats, dict.fromkeys(program, Limit(1e-2)), metadata=FACTS, progress=lines.append)
     lowered = TARGET.lower(TARGET.legalize(program), directory, options)
     return Export(program, directory, lowered, lines)
 

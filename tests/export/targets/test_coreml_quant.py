@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calibration.source import Calibration
+from export.gate import Limit
 from export.targets.base import Lowered, LowerOptions
 from export.targets.coreml import TARGET
 from export.verify import compare, inputs_of, program_signatures, record, relative_l2, seeded_inputs
@@ -40,7 +41,7 @@ IDS = TensorSpec("x", (1, 7), torch.int64, values="ids", high=100)
 
 
 def lower(program: Program, directory: Path, floats: str = "float16") -> Lowered:
-    return TARGET.lower(TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, 1e-2)))
+    return TARGET.lower(TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, Limit(1e-2))))
 
 
 def parts(weight: Tensor, scheme: WeightScheme) -> Mapping[str, Tensor]:

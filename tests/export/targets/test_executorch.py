@@ -12,6 +12,7 @@ from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from export.gate import Limit
 from export.layouts.executorch import constant_methods
 from export.targets.base import LIMITS, Lowered, LowerOptions
 from export.targets.executorch import FILE, TARGET
@@ -34,7 +35,9 @@ def only(program: Program, *methods: str) -> Program:
 
 def lower(program: Program, directory: Path) -> Lowered:
     return TARGET.lower(
-        TARGET.legalize(program), directory, LowerOptions("float32", dict.fromkeys(program, 1e-4), metadata=METADATA)
+        TARGET.legalize(program),
+        directory,
+        LowerOptions("float32", dict.fromkeys(program, Limit(1e-4)), metadata=METADATA),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export.gate import Limit
 from export.targets.base import Lowered, LowerOptions
 from export.targets.executorch import FILE, TARGET
 from export.targets.executorch_quant import pack4
@@ -113,7 +114,7 @@ def lowered(quantized: Program, directory: Path) -> tuple[Lowered, float]:
     """What lowering says of the method, and its relative L2 error against the same quantized graph in eager torch."""
     legal = TARGET.legalize(quantized)
     legal.check()
-    made = TARGET.lower(legal, directory, LowerOptions("float32", dict.fromkeys(quantized, 1e-2)))
+    made = TARGET.lower(legal, directory, LowerOptions("float32", dict.fromkeys(quantized, Limit(1e-2))))
     signatures = program_signatures(quantized)
     inputs = seeded_inputs(signatures, seed=1)
     actual = record(load_runtime("executorch", Artifact(directory, signatures, made.files, made.details)), inputs)

@@ -12,6 +12,7 @@ import pytest
 from torch import Tensor
 
 import graphs
+from export.gate import Limit
 from export.targets.base import LIMITS, LowerOptions
 from export.targets.onnx_graph import emit, write
 from export.targets.onnxruntime import TARGET
@@ -25,7 +26,7 @@ from tests.tiny import tiny_program
 
 def lowered(program: Program, directory: Path, floats: str = "float32") -> Artifact:
     made = TARGET.lower(
-        TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, LIMITS[floats]))
+        TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, Limit(LIMITS[floats])))
     )
     return Artifact(directory, program_signatures(program), made.files, made.details)
 

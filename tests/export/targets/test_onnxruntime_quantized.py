@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export.gate import Limit
 from export.targets.base import LowerOptions
 from export.targets.onnxruntime import TARGET
 from export.verify import compare, program_signatures, record, seeded_inputs
@@ -123,7 +124,7 @@ def quantized(program: Program, schemes: dict[str, str], zero_point: int | None 
 
 def lowered(program: Program, directory: Path, floats: str = "float32") -> tuple[dict[str, float], dict[str, Any]]:
     """Errors by method against the graph in eager mode, and the details by method."""
-    made = TARGET.lower(TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, 1e-2)))
+    made = TARGET.lower(TARGET.legalize(program), directory, LowerOptions(floats, dict.fromkeys(program, Limit(1e-2))))
     inputs = seeded_inputs(program_signatures(program), seed=1)
     artifact = Artifact(directory, program_signatures(program), made.files, {**made.details, "threads": 1})
     errors = compare(record(load_runtime("onnxruntime", artifact), inputs), record(EagerRuntime(program), inputs))

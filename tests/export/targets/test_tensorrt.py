@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from export.gate import Limit
 from export.targets.base import Lowered, LowerOptions
 from export.targets.onnx_graph import emit, write
 from export.targets.onnx_reference import evaluate
@@ -33,7 +34,7 @@ def test_every_engine_is_built(variant: str, floats: str, limit: float, tmp_path
     lines: list[str] = []
     program = TARGET.legalize(tiny_program(variant, floats))
     options = LowerOptions(
-        floats, dict.fromkeys(program, limit), extra={"builder": "tensorrt-rtx"}, progress=lines.append
+        floats, dict.fromkeys(program, Limit(limit)), extra={"builder": "tensorrt-rtx"}, progress=lines.append
     )
     made = TARGET.lower(program, tmp_path, options)
     check_engines(made, tmp_path, context={"tiny": 64, "tiny-v2": 192}[variant])
@@ -92,11 +93,11 @@ def embedding() -> Program:
 def test_wrong_onnx_fails_the_gate(embedding: Program, tmp_path: Path) -> None:
     path = tmp_path / "token_embedding.onnx"
     write(emit(embedding, "token_embedding"), path)
-    assert evaluate(embedding, "token_embedding", path, 1e-4).startswith("evaluated by onnxruntime")
+    assert evaluate(embedding, "token_embedding", path, Limit(1e-4)).startswith("evaluated by onnxruntime")
     data = np.fromfile(f"{path}.data", np.float32)
     (data * 1.001).tofile(f"{path}.data")
-    with pytest.raises(GateError, match=r"token_embedding: relative L2 .* is 1\.00e-03; the limit is 1e-04"):
-        evaluate(embedding, "token_embedding", path, 1e-4)
+    with pytest.raises(GateError, match=r"token_embedding: relative L2 .* is 1\.0e-03; the limit is 0.0001"):
+        evaluate(embedding, "token_embedding", path, Limit(1e-4))
 
 
 def test_refused_node_is_named(tmp_path: Path) -> None:

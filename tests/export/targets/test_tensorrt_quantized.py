@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from export.gate import Limit
 from export.targets.base import Lowered, LowerOptions
 from export.targets.tensorrt import TARGET
 from graphs.errors import GateError
@@ -110,7 +111,7 @@ def quantized(kind: str, text: str, floats: str, zero_point: int | None = None) 
 
 
 def lowered(program: Program, directory: Path, floats: str, limit: float) -> Lowered:
-    options = LowerOptions(floats, dict.fromkeys(program, limit), extra={"builder": "tensorrt-rtx"})
+    options = LowerOptions(floats, dict.fromkeys(program, Limit(limit)), extra={"builder": "tensorrt-rtx"})
     return TARGET.lower(TARGET.legalize(program), directory, options)
 
 

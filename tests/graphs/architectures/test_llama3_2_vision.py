@@ -118,9 +118,8 @@ def logits(runtime: Caller, segments: list[Segment]) -> torch.Tensor:
     prompt = dialogue.embed(segments)
     known = {"inputs_embeds": prompt.embeds_1SD, "cache_position": np.arange(prompt.length), **prompt.carried}
     known["cross_span"] = prompt.span_S2
-    empty = {s.name: np.zeros(s.size({dim.name: 1 for dim in s.dims}), np.float32) for s in dialogue.inputs}
     runtime.reset()
-    return torch.from_numpy(runtime.call("text_decoder", [{**empty, **known}[s.name] for s in dialogue.inputs])[0])
+    return torch.from_numpy(runtime.call("text_decoder", dialogue.inputs("text_decoder", known))[0])
 
 
 @dataclass(frozen=True)
