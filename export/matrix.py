@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -33,6 +34,12 @@ def attempt(job: Job) -> dict[str, Any]:
         return {"key": job.key, **vars(job), "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
+def ordered(rows: Iterable[dict[str, Any]], wanted: Iterable[Job]) -> list[dict[str, Any]]:
+    """Results by model and rung, whichever run they are from, then as they are wanted."""
+    kinds, places = list(KINDS), {job.key: place for place, job in enumerate(wanted)}
+    return sorted(rows, key=lambda row: (row["model"], kinds.index(row["kind"]), places.get(row["key"], -1)))
+
+
 def main() -> int:
     """Run everything, two jobs at a time; 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -49,6 +56,8 @@ def main() -> int:
     if args.resume and data.is_file():
         known = {row["key"]: row for row in json.loads(data.read_text()) if "failed" not in row}
     wanted = list(jobs(args.models, args.variants))
+    keys = {job.key for job in (wanted if args.variants is None else jobs(args.models, None))}
+    known = {key: row for key, row in known.items() if row["model"] not in args.models or key in keys}
     todo = [job for job in wanted if job.key not in known and job.kind in args.kinds]
     start, lock = time.monotonic(), Lock()
 
@@ -59,17 +68,18 @@ def main() -> int:
         became = next((f"{why}: {row[why]}" for why in ("failed", "refused") if why in row), "passed")
         with lock:
             known[job.key] = row
-            write_whole(data, json.dumps([known[j.key] for j in wanted if j.key in known], indent=1) + "\n")
+            write_whole(data, json.dumps(ordered(known.values(), wanted), indent=1) + "\n")
             done = sum(j.key in known for j in wanted)
             to_stderr(f"[{done}/{len(wanted)}] {job.key}: {became}")
 
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(run, todo))
-    rows = [known[job.key] for job in wanted if job.key in known]
+    rows = ordered(known.values(), wanted)
+    left = sum(job.key not in known for job in wanted)
     command = " ".join(["python -m export.matrix", *sys.argv[1:]]) if sys.argv[1:] else "make matrix"
-    write_whole(text, page(rows, command, len(wanted) - len(rows)))
+    write_whole(text, page(rows, command, left))
     failed = sum("failed" in row for row in rows)
-    to_stderr(f"{text}: {len(rows)} of {len(wanted)} jobs, {failed} failed")
+    to_stderr(f"{text}: {len(rows)} jobs, {left} not run, {failed} failed")
     return 1 if failed else 0
 
 

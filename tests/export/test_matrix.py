@@ -83,6 +83,11 @@ def test_results_are_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert matrix.main() == 0
     assert len(asked) == first + failed
     assert "siglip" in (tmp_path / "matrix.md").read_text()
+    monkeypatch.setattr("sys.argv", ["matrix", "--models", "clip", "--out", str(tmp_path), "--resume"])
+    assert matrix.main() == 0
+    both = json.loads((tmp_path / "matrix.json").read_text())
+    assert [row["key"] for row in both if row["model"] == "siglip"] == [row["key"] for row in rows]
+    assert both[0]["model"] == "clip"
 
 
 def test_the_page_counts_and_names_reasons() -> None:
