@@ -1,7 +1,8 @@
 """`make frontier`: accuracy against latency for passes x recipes x targets on zoo/mobilevlm-nano, into docs/frontier.*.
 
-Every row is an export in a process of its own, the bundle's latency, and its answers to held-out questions by the
-target's own runtime. A finished row is saved at once, so that `--resume` goes on where a run was stopped.
+Every row is an export in a process of its own and its answers to held-out questions by the target's own runtime. A
+finished row is saved at once, so that `--resume` goes on where a run was stopped. At the end all bundles are timed side
+by side, round after round: only then need the machine have nothing else to do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from tempfile import TemporaryDirectory
 from export.doctor import LIBRARIES, RUNS
 from export.frontier_goals import REFERENCE, Row
 from export.frontier_page import page, picture
-from export.frontier_rows import NEW_TOKENS, PROMPT_TOKENS, REPEAT, REQUEST, TIMED, Cell, Measurer, Setting
+from export.frontier_rows import REQUEST, TIMED, Cell, Measurer, Setting
+from export.frontier_times import NEW_TOKENS, PROMPT_TOKENS, REPEAT, ROUNDS
 from export.stages import Progress, to_stderr
 from graphs.compress.base import parse, write
 from graphs.compress.passes.prune import RULES
@@ -105,8 +107,10 @@ def run(
     save: Callable[[Sequence[Row], Sequence[Cell]], None],
     minutes: float,
     progress: Progress,
-) -> None:
+) -> list[Cell]:
     """Take finished rows from `stored`, measure the others until `minutes` are spent; `save` after every row.
+
+    Gives the cells that no time was left for.
 
     A row that failed is measured again: what made it fail is what a new run is for. Finished rows that are not wanted
     now, such as another target's, stay.
@@ -132,6 +136,7 @@ def run(
     save(so_far(), left)
     if left:
         progress(f"{minutes:g} minutes are spent, {len(left)} rows not run: `--resume` goes on")
+    return left
 
 
 def still_true(stored: Sequence[Row], identity: Callable[[Cell], Row]) -> dict[Cell, Row]:
@@ -156,8 +161,7 @@ def describe(row: Row) -> str:
     """A row in words."""
     if row["status"] != "measured":
         return f"{row['status'].upper()}: {row['why']}"
-    time_to_first = "not timed" if row["ttft_ms"] is None else f"{row['ttft_ms']:.1f} ms to the first token"
-    return f"{100 * row['accuracy']['all']:.1f}% right, {row['tokens']} visual tokens, {time_to_first}"
+    return f"{100 * row['accuracy']['all']:.1f}% right, {row['tokens']} visual tokens"
 
 
 def processor() -> str:
@@ -178,6 +182,7 @@ def facts(setting: Setting, targets: Sequence[str]) -> Row:
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "repeat": REPEAT,
+        "rounds": ROUNDS,
         "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
@@ -202,9 +207,11 @@ def main() -> int:
     """Run the grid; 1 where a row failed, which a refused one did not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--count", type=int, default=280, help="held-out questions, the same ones for every row")
-    parser.add_argument("--minutes", type=float, default=85, help="start no new row after so long")
+    parser.add_argument("--minutes", type=float, default=75, help="start no new row after so long")
     parser.add_argument("--targets", default=",".join(TARGETS), help="which of them to measure")
     parser.add_argument("--resume", action="store_true", help="keep the finished rows of an earlier run")
+    parser.add_argument("--bundles", type=Path, help="where bundles are kept for a next run")
+    parser.add_argument("--no-times", action="store_true", help="leave latencies as they are")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="the folder to write to")
     args = parser.parse_args()
     targets = tuple(args.targets.split(","))
@@ -216,9 +223,14 @@ def main() -> int:
 
     with TemporaryDirectory(prefix="frontier-") as scratch:
         stored = load(args.out / "frontier.json") if args.resume else []
-        measurer = Measurer(setting, Path(scratch))
-        run(cells(GRID, targets), setting.identity, stored, measurer, save, args.minutes, to_stderr)
-    rows = load(args.out / "frontier.json")
+        kept = args.bundles or Path(scratch)
+        kept.mkdir(parents=True, exist_ok=True)
+        measurer = Measurer(setting, kept)
+        left = run(cells(GRID, targets), setting.identity, stored, measurer, save, args.minutes, to_stderr)
+        rows = load(args.out / "frontier.json")
+        if not args.no_times:
+            measurer.time([row for row in rows if row["target"] in targets], to_stderr)
+            save(rows, left)
     failed = [row for row in rows if row["status"] == "failed"]
     to_stderr(f"{args.out / 'frontier.md'}: {len(rows)} rows, {len(failed)} failed")
     return 1 if failed else 0

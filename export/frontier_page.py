@@ -103,8 +103,9 @@ def page(report: Mapping[str, Any]) -> str:
         "*Reading* is digits and words. ± is half the width of a 95% interval: Wilson's for a share; for a change "
         "against fp32 (same target, same passes) that of paired questions.",
         "",
-        f"Latency: medians of {facts['repeat']} runs after one that warms up, a picture and {facts['prompt_tokens']} "
-        f"tokens of text, {facts['new_tokens']} tokens made; of each target, ● marks the rows that no faster row of it "
+        f"Latency: all bundles one after the other in {facts['rounds']} rounds, medians over rounds of the median of "
+        f"{facts['repeat']} runs after one that warms up, a picture and {facts['prompt_tokens']} tokens of text, "
+        f"{facts['new_tokens']} tokens made; of each target, ● marks the rows that no faster row of it "
         "equals in accuracy. KiB are the bundle's without its test vectors. The lower error is the largest relative L2 "
         "of a lowered method against its graph.",
         "",
@@ -128,8 +129,8 @@ def page(report: Mapping[str, Any]) -> str:
     lines += ["## Not run", ""]
     lines += [f"- {name}, no row of it. Does it run here: {facts['runs_here'][name]}." for name in absent]
     lines += [f"- {row['target']}, {row['recipe']}, {short(row['passes'])}: no time" for row in report["not_run"]]
-    loads = [row["load"] for row in done]
-    busy = f" Load averages while measuring: {min(loads):.1f} to {max(loads):.1f}." if loads else ""
+    loads = [row["load"] for row in done if row["ttft_ms"] is not None]
+    busy = f" Load averages while timing: {min(loads):.1f} to {max(loads):.1f}." if loads else ""
     lines += [
         "",
         f"Made by `make frontier` (`{facts['command']}`) on {' to '.join(dates)}, "

@@ -1,25 +1,24 @@
-"""One row of `export.frontier`: a bundle exported, timed and questioned, in a process of its own."""
+"""One row of `export.frontier`: a bundle exported and questioned in a process of its own, and kept to be timed."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from calibration.samples import zoo_samples
 from calibration.source import Calibration
 from export.accuracy import ask, shares
 from export.alone import alone
-from export.bench import bench
 from export.calibrate import CalibrateOptions, calibrate
 from export.doctor import LIBRARIES
 from export.frontier_goals import Row
+from export.frontier_times import SPEED, side_by_side
 from export.pipeline import ExportOptions, export
-from export.stages import silent
+from export.stages import Progress, silent, to_stderr
 from graphs.errors import GateError, UserError
 from graphs.model import Request, locate
 from quant.recipe import recipe
@@ -28,7 +27,6 @@ from runtimes.session import Session
 
 REQUEST = Request("mobilevlm", checkpoint="zoo:mobilevlm-nano")
 SEED = 0  # of the questions
-PROMPT_TOKENS, NEW_TOKENS, REPEAT = 24, 24, 15  # of the latency measurement
 TIMED = ("onnxruntime", "executorch")  # what runs here is what a user runs
 
 
@@ -73,34 +71,34 @@ def is_timed(target: str) -> bool:
     return target in TIMED or sys.platform == "darwin"
 
 
-def measure(cell: Cell, setting: Setting, calibration: Calibration) -> Row:
-    """Export, time and question one bundle. `status` is measured, refused (and why) or failed (and why)."""
-    with TemporaryDirectory(prefix="frontier-") as scratch:
-        try:
-            options = ExportOptions(REQUEST, cell.target, cell.recipe, calibration, cell.passes, Path(scratch) / "b")
-            bundle = Bundle.open(export(options, silent))
-            timed = bench(bundle.directory, None, REPEAT, PROMPT_TOKENS, NEW_TOKENS, silent)
-            session = Session.open(bundle)
-        except UserError as refusal:
-            return {"status": "refused", "why": str(refusal)}
-        except GateError as failure:
-            return {"status": "failed", "why": str(failure)}
-        samples = list(zoo_samples(setting.count, setting.seed, "heldout"))
-        correct = ask(session, samples)
-        manifest = bundle.manifest
-        speed = ("vision_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms")
-        return {
-            "status": "measured",
-            "runtime": session.runtime.version,
-            "tokens": manifest["tokens"]["after"],
-            "bytes": sum(record["bytes"] for name, record in manifest["files"].items() if name != VECTORS),
-            "accuracy": shares(correct, [sample.task for sample in samples]),
-            "correct": "".join("01"[right] for right in correct),
-            **{name: timed[name] if is_timed(cell.target) else None for name in speed},
-            "lower": {name: entry["lower"]["relative_l2"] for name, entry in manifest["verification"].items()},
-            "schemes": manifest["quantization"]["schemes"],
-            "load": os.getloadavg()[0],
-        }
+def make(cell: Cell, calibration: Calibration, out: Path) -> None:
+    """Export a cell's bundle, in place of any that is there."""
+    export(ExportOptions(REQUEST, cell.target, cell.recipe, calibration, cell.passes, out, force=True), silent)
+
+
+def measure(cell: Cell, setting: Setting, calibration: Calibration, out: Path) -> Row:
+    """Export and question one bundle. `status` is measured, refused (and why) or failed (and why)."""
+    try:
+        make(cell, calibration, out)
+        session = Session.open(bundle := Bundle.open(out))
+    except UserError as refusal:
+        return {"status": "refused", "why": str(refusal)}
+    except GateError as failure:
+        return {"status": "failed", "why": str(failure)}
+    samples = list(zoo_samples(setting.count, setting.seed, "heldout"))
+    correct = ask(session, samples)
+    manifest = bundle.manifest
+    return {
+        "status": "measured",
+        "runtime": session.runtime.version,
+        "tokens": manifest["tokens"]["after"],
+        "bytes": sum(record["bytes"] for name, record in manifest["files"].items() if name != VECTORS),
+        "accuracy": shares(correct, [sample.task for sample in samples]),
+        "correct": "".join("01"[right] for right in correct),
+        **dict.fromkeys(SPEED),
+        "lower": {name: entry["lower"]["relative_l2"] for name, entry in manifest["verification"].items()},
+        "schemes": manifest["quantization"]["schemes"],
+    }
 
 
 def collect(passes: str, out: Path) -> None:
@@ -118,17 +116,37 @@ class Measurer:
 
     def __call__(self, cell: Cell) -> Row:
         try:
-            calibration = self.calibration(cell.passes) if recipe(cell.recipe).layers else Calibration()
-            row = alone(measure, cell, self.setting, calibration)
+            row = alone(measure, cell, self.setting, self.calibration(cell), self.place(cell))
             if Setting.here(self.setting.count) != self.setting:
                 return {"status": "failed", "why": "the checkpoint changed during the run: start anew"}
             return row
         except Exception as error:  # a row that crashes its process must not end a run of an hour
             return {"status": "failed", "why": f"{type(error).__name__}: {error}"}
 
-    def calibration(self, passes: str) -> Calibration:
-        if passes not in self.collected:
-            out = self.scratch / f"{len(self.collected)}.safetensors"
-            alone(collect, passes, out)
-            self.collected[passes] = out
-        return Calibration(str(self.collected[passes]))
+    def place(self, cell: Cell) -> Path:
+        """Where a cell's bundle lies: one with other inputs lies elsewhere."""
+        name = hashlib.sha256(repr(self.setting.identity(cell)).encode()).hexdigest()[:16]
+        return self.scratch / f"bundle-{name}"
+
+    def calibration(self, cell: Cell) -> Calibration:
+        """Statistics for a cell's recipe, where it asks for any."""
+        if not recipe(cell.recipe).layers:
+            return Calibration()
+        if cell.passes not in self.collected:
+            out = self.scratch / f"statistics-{len(self.collected)}.safetensors"
+            alone(collect, cell.passes, out)
+            self.collected[cell.passes] = out
+        return Calibration(str(self.collected[cell.passes]))
+
+    def time(self, rows: Sequence[Row], progress: Progress) -> None:
+        """Put latencies into the rows that have any, of bundles side by side; those not there are made again."""
+        timed = [row for row in rows if row["status"] == "measured" and is_timed(row["target"])]
+        cells = [Cell(row["passes"], row["recipe"], row["target"]) for row in timed]
+        absent = [cell for cell in cells if not self.place(cell).is_dir()]
+        for number, cell in enumerate(absent, 1):
+            progress(f"making the bundle of an earlier run again, {number} of {len(absent)}: {cell}")
+            alone(make, cell, self.calibration(cell), self.place(cell))
+        if timed:
+            times = alone(side_by_side, [self.place(cell) for cell in cells], to_stderr)
+            for row, found in zip(timed, times, strict=True):
+                row.update(found)
