@@ -162,7 +162,7 @@ def test_the_grid_names_each_cell_once_with_its_reference_first() -> None:
             for one in parse(c.passes)
             if getattr(one, "keep", 0) == keep and one.name == "prune"
         }
-        assert methods == {"cls_attention", "divprune", "random", "tome", "uniform", "visionzip"}
+        assert methods == {"cdpruner", "cls_attention", "divprune", "random", "tome", "uniform", "visionzip"}
     assert {cell.target for cell in cells(GRID, ("executorch",))} == {"executorch"}
 
 

@@ -1,7 +1,7 @@
 """Training-free pruning of image embeddings to a fixed number, by a choice of rules (`graphs.compress.rules`).
 
-cls_attention: arXiv 2412.01818; divprune: arXiv 2503.02175; tome: arXiv 2210.09461; visionzip: arXiv 2412.04467;
-random and uniform are the controls that they are to be reported beside.
+cdpruner: arXiv 2506.10967; cls_attention: arXiv 2412.01818; divprune: arXiv 2503.02175; tome: arXiv 2210.09461;
+visionzip: arXiv 2412.04467; random and uniform are the controls that they are to be reported beside.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx, nn
 from graphs.compress.base import Pass
 from graphs.compress.place import Tokens, tokens_out, tower_attention
 from graphs.compress.rules.attention import ByAttention, ClsAttention, VisionZip
+from graphs.compress.rules.cdpruner import CDPruner
 from graphs.compress.rules.controls import random, uniform
 from graphs.compress.rules.divprune import DivPrune
 from graphs.compress.rules.tome import ToMe
@@ -22,7 +23,7 @@ from graphs.compress.splice import Encoder
 from graphs.errors import UserError
 from graphs.program import Program
 
-Method = Literal["cls_attention", "divprune", "random", "tome", "uniform", "visionzip"]
+Method = Literal["cdpruner", "cls_attention", "divprune", "random", "tome", "uniform", "visionzip"]
 
 #: a rule's module and what it reads besides the tokens
 Made = tuple[nn.Module, tuple[fx.Node, ...]]
@@ -33,7 +34,9 @@ class Prune(Pass):
     """Keep `keep` image embeddings, in raster order; `seed` is that of `random`."""
 
     name = "prune"
-    about = "prune{keep,method,seed}: keep so many tokens by divprune, cls_attention, visionzip, tome, random, uniform"
+    about = (
+        "prune{keep,method,seed}: tokens by cdpruner, cls_attention, divprune, visionzip, tome, random, uniform"
+    )
 
     keep: int
     method: Method = "divprune"
@@ -70,6 +73,7 @@ def by_attention(rule: type[ByAttention]) -> Callable[[Prune, fx.Graph, Tokens],
 
 
 RULES: dict[str, Callable[[Prune, fx.Graph, Tokens], Made]] = {
+    "cdpruner": by_attention(CDPruner),
     "cls_attention": by_attention(ClsAttention),
     "divprune": lambda options, graph, tokens: (DivPrune(tokens.count, options.keep), ()),
     "random": lambda options, graph, tokens: (random(tokens.count, options.keep, options.seed), ()),

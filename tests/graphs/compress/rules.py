@@ -102,6 +102,19 @@ def divprune(found: Features, keep: int) -> Array:
     return tokens[sorted(kept)]
 
 
+def cdpruner(found: Features, keep: int) -> Array:
+    """Equations 5 to 7 of arXiv 2506.10967, relevance by attention: each next token makes the determinant largest."""
+    relevance = received(found)
+    relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min()) + 1e-6
+    unit = found.tokens / np.linalg.norm(found.tokens, axis=1, keepdims=True)
+    kernel = relevance[:, None] * (unit @ unit.T) * relevance[None]
+    kept: list[int] = []
+    while len(kept) < keep:
+        rest = [n for n in range(len(unit)) if n not in kept]
+        kept.append(max(rest, key=lambda n: np.linalg.slogdet(kernel[np.ix_([*kept, n], [*kept, n])])[1]))
+    return found.tokens[sorted(kept)]
+
+
 def visionzip(found: Features, keep: int) -> Array:
     """Section 3 of arXiv 2412.04467, 10 of 64 tokens contextual: each the mean of itself and those most like it."""
     contextual = max(1, round(keep * 10 / 64))
@@ -137,4 +150,10 @@ def pool(found: Features, factor: int) -> Array:
     return np.stack([found.tokens[window].mean(0) for window in windows(side, side // factor)])
 
 
-RULES = {"cls_attention": cls_attention, "divprune": divprune, "tome": tome, "visionzip": visionzip}
+RULES = {
+    "cdpruner": cdpruner,
+    "cls_attention": cls_attention,
+    "divprune": divprune,
+    "tome": tome,
+    "visionzip": visionzip,
+}
