@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from graphs.errors import UserError
-from graphs.files import reason
-from runtimes.manifest import MANIFEST, sha256
+from graphs.files import reason, sha256
+from runtimes.manifest import MANIFEST
 
 
 def check_destination(out: Path, force: bool) -> None:

@@ -30,7 +30,7 @@ from export.verify import (
     save_vectors,
     seeded_inputs,
 )
-from graphs.compress.base import apply, parse, write
+from graphs.compress.base import apply, digests, parse, write
 from graphs.errors import UserError
 from graphs.files import contained
 from graphs.model import COMPANIONS, SECOND, Model, Request, load_model
@@ -219,6 +219,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "source": source_record(model),
                     "target": options.target,
                     "passes": write(passes),
+                    "passes_read": digests(passes),
                     "tokens": tokens,
                     "recipe": chosen.name,
                     "quantization": resolved.to_json(),

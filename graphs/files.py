@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -84,6 +85,12 @@ def read_optional_json(directory: Path, name: str) -> dict[str, Any]:
     if not (directory / name).exists() and not (directory / name).is_symlink():
         return {}
     return read_json(contained(directory, name))
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

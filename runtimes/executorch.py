@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphs.errors import UserError
-from graphs.files import reason
+from graphs.files import reason, sha256
 from graphs.program import Signature
 from runtimes.base import Array, Artifact, Unavailable
 
@@ -26,8 +25,8 @@ HEADER = struct.Struct("<I4s4sIQQQ")
 IDENTIFIER, MAGIC = b"ET12", b"eh00"
 
 
-def check_pte(path: Path, sha256: str | None) -> None:
-    """Raise UserError where `path` is no .pte, is not as long as its header says, or has another sha256.
+def check_pte(path: Path, expected: str | None) -> None:
+    """Raise UserError where `path` is no .pte, is not as long as its header says, or its sha256 is not `expected`.
 
     The runtime verifies the program's own flatbuffer, but trusts offsets into segments and what the delegate reads
     there: some single flipped bits end it with a segmentation fault, so a damaged file must not reach it.
@@ -46,11 +45,10 @@ def check_pte(path: Path, sha256: str | None) -> None:
     wanted = max(program, segments + segment_bytes)
     if size < wanted or (segments and program > segments):
         raise UserError(f"{path}: {size} bytes, its header speaks of {wanted}: the file is cut short or damaged")
-    if sha256 is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            raise UserError(f"{path}: damaged: its sha256 is {found[:12]}..., it was written with {sha256[:12]}...")
+    if expected is not None:
+        found = sha256(path)
+        if found != expected:
+            raise UserError(f"{path}: damaged: its sha256 is {found[:12]}..., it was written with {expected[:12]}...")
 
 
 class Method:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from graphs.errors import UserError
-from graphs.files import read_json, shown
+from graphs.files import read_json, sha256, shown
 from graphs.program import Signature
 from graphs.spec import Dim, TensorSpec
 from runtimes.base import Artifact
@@ -51,12 +50,6 @@ def signature_from_json(value: Mapping[str, Any]) -> Signature:
     """The inverse of `signature_to_json`."""
     parts = (tuple(spec_from_json(spec) for spec in value[part]) for part in ("inputs", "outputs", "state"))
     return Signature(*parts)
-
-
-def sha256(path: Path) -> str:
-    """The hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inside(directory: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from calibration.source import again
-from graphs.compress.base import apply, parse
+from graphs.compress.base import apply, digests, parse
 from graphs.dialogue import Segment
 from graphs.errors import UserError
 from graphs.model import Request, load_model
@@ -36,6 +36,10 @@ def rebuild(bundle: Bundle) -> Program:
     model = load_model(request)
     passes = parse(str(bundle.manifest.get("passes", "")))
     program = apply(passes, trace(model.architecture, model.weights))
+    if changed := [
+        path for path, found in digests(passes).items() if found != bundle.manifest["passes_read"].get(path)
+    ]:
+        raise UserError(f"{changed[0]} is not the file that this bundle's passes were given: its sha256 differs")
     resolved = Resolved.from_json(bundle.manifest["quantization"], program)
     statistics = None
     if resolved.needs_statistics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from export.layouts.executorch import constant_methods
 from export.targets import executorch_graph, executorch_kernels, executorch_quant
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from graphs.errors import UserError, nearest
+from graphs.files import sha256
 from graphs.program import Program
 
 FILE = "model.pte"
@@ -56,9 +56,7 @@ class ExecuTorchTarget:
             raise UserError(f"unknown delegate '{delegate}' of executorch: {nearest(delegate, DELEGATES)}")
         with quiet(), shared_history():
             methods = write(program, directory / FILE, DELEGATES[delegate](), options)
-        with (directory / FILE).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        details = {"delegate": delegate, "methods": methods, "sha256": digest}
+        details = {"delegate": delegate, "methods": methods, "sha256": sha256(directory / FILE)}
         versions = {name: version(name) for name in ("executorch", "torch")}
         return Lowered(dict.fromkeys(program, FILE), details, versions)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from graphs import discovery
 from graphs.compress import passes
 from graphs.errors import UserError, nearest
-from graphs.files import shown
+from graphs.files import sha256, shown
 from graphs.program import Program
 
 #: passes in one text; recorded texts are read from bundles that nobody vouches for
 MOST = 16
+
+#: the type of an option that names a file
+PATH = str | None
 
 FORM = re.compile(r"\s*([^{}\s]+)\s*(?:\{([^{}]*)\})?\s*")
 
@@ -92,7 +96,7 @@ def read(what: str, text: str, hint: Any) -> Any:
         if text not in get_args(hint):
             raise UserError(f"{what}={shown(text)} is unknown: {nearest(text, get_args(hint))}")
         return text
-    if hint == str | None:
+    if hint == PATH:
         if not text or not text.isprintable():
             raise UserError(f"{what}={shown(text)} is not a path, as in {what.split(': ')[1]}=weights.safetensors")
         return text
@@ -109,6 +113,18 @@ def closest(wanted: int, choices: Iterable[int]) -> int:
 def write(chosen: Iterable[Pass]) -> str:
     """The canonical text of passes; `parse` gives them back."""
     return ";".join(map(str, chosen))
+
+
+def digests(chosen: Iterable[Pass]) -> dict[str, str]:
+    """SHA-256 of every file that passes read, by the path that names it in their text."""
+    found = {}
+    for one in chosen:
+        hints = get_type_hints(type(one))
+        for field in fields(one):
+            path = getattr(one, field.name)
+            if hints[field.name] == PATH and path is not None:
+                found[path] = sha256(Path(path).expanduser())
+    return found
 
 
 def apply(chosen: Iterable[Pass], program: Program) -> Program:

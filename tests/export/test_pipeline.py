@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from export.check import verify_bundle
 from export.cli import main
@@ -22,8 +23,11 @@ from export.stages import silent
 from export.targets.base import LIMITS
 from export.verify import Call, relative_l2
 from graphs.errors import GateError, UserError
+from graphs.files import sha256
 from graphs.model import Request
+from graphs.safetensors_io import write_safetensors
 from runtimes.manifest import Bundle
+from runtimes.session import rebuild
 from tests.checkpoints import reference, write
 
 TINY = Request("mobilevlm", "tiny")
@@ -182,3 +186,15 @@ def test_a_killed_export_leaves_no_bundle_or_a_whole_one(moment: str, tmp_path: 
     export(ExportOptions(TINY, "onnxruntime", out=out), silent)
     assert verify_bundle(out, silent)
     assert os.listdir(tmp_path) == ["b"]
+
+
+def test_weights_of_a_pass_are_told_by_their_hash(tmp_path: Path) -> None:
+    path = tmp_path / "wide.safetensors"
+    write_safetensors(path, {"weight": torch.full((64, 576), 0.01), "bias": torch.zeros(64)})
+    passes = f"pixel_shuffle{{factor=3,weights={path}}}"
+    out = export(ExportOptions(TINY, "onnxruntime", compress=passes, out=tmp_path / "b"), silent)
+    assert read(out)["passes_read"] == {str(path): sha256(path)}
+    assert rebuild(Bundle.open(out)).methods["vision_encoder"].signature.outputs[0].shape[1] == 1
+    write_safetensors(path, {"weight": torch.full((64, 576), 0.02), "bias": torch.zeros(64)})
+    with pytest.raises(UserError, match="is not the file that this bundle's passes were given"):
+        rebuild(Bundle.open(out))

@@ -34,9 +34,7 @@ class Prune(Pass):
     """Keep `keep` image embeddings, in raster order; `seed` is that of `random`."""
 
     name = "prune"
-    about = (
-        "prune{keep,method,seed}: tokens by cdpruner, cls_attention, divprune, visionzip, tome, random, uniform"
-    )
+    about = "prune{keep,method,seed}: tokens by cdpruner, cls_attention, divprune, visionzip, tome, random, uniform"
 
     keep: int
     method: Method = "divprune"
