@@ -193,18 +193,20 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor],
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
+    blank: Callable[[str], torch.Tensor] | None = None,
 ) -> list[Path]:
     """Write tensors in the public layout and return the files written.
 
     One file at `path` (`DIR/model.safetensors`); or, where `max_shard_bytes` is given and they need more than that,
     `DIR/model-00001-of-0000N.safetensors` and so on beside it, with `model.safetensors.index.json`. A tensor is never
-    split. `tensors` may read lazily: each is asked for twice, first for its shape, and one is held at a time.
+    split. `tensors` may read lazily: each is asked for twice, first for its shape, and one is held at a time; where
+    `blank` gives a tensor's dtype and shape without data (on the meta device), once.
 
     Files appear complete, after the last byte of all of them has been written, the index last; on an error nothing new
     is left. Raises: UserError where the place cannot be written or the disk is full.
     """
     path = Path(path)
-    entries = {name: _spec(tensors[name]) for name in tensors}
+    entries = {name: _spec(blank(name) if blank else tensors[name]) for name in tensors}
     shards = _split(entries, max_shard_bytes)
     index_path = path.with_name(f"{path.name}.index.json")
     names = [path.name]
