@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,21 @@ def tables(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, table
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's cyclic garbage collector: a deep graph makes it walk millions of live objects again and again.
+
+    It takes a quarter off the time of a trace, and leaves some tens of megabytes longer.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def trace_module(module: nn.Module, inputs: tuple[TensorSpec, ...], mode: FakeTensorMode) -> ExportedProgram:
     """Trace a module over fake tensors of `inputs`, their dynamic dimensions kept.
 
@@ -51,7 +68,7 @@ def trace_module(module: nn.Module, inputs: tuple[TensorSpec, ...], mode: FakeTe
         {axis: dims[size.name] for axis, size in enumerate(spec.shape) if not isinstance(size, int)} for spec in inputs
     )
     example = next(method.examples(lengths=(7,)))
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), uncollected():
         fake = tuple(mode.from_tensor(tensor) for tensor in example)
         exported = torch.export.export(module, fake, dynamic_shapes=dynamic, strict=False)
         exported = exported.run_decompositions({})
