@@ -17,17 +17,19 @@ from export.pipeline import ExportOptions, export
 from export.stages import peak_rss_bytes, silent
 from export.targets.base import TARGETS, load_target
 from graphs import registry
+from graphs.components.image_text import ImageTextDecoder
 from graphs.compress.passes.prune import RULES
 from graphs.errors import GateError, UserError
 from graphs.model import Request, load_model, zoo_checkpoints
+from graphs.spec import Dim
 from graphs.trace import count_parameters, trace
 from quant.recipe import names
 
 #: what goes through every recipe, every pass, and a pass with each shipping recipe
 THOROUGH = (Request("mobilevlm", "mobilevlm-nano"), Request("llava_1_5", "tiny"))
 
-#: of the pass and the recipe that every other row goes through
-RECIPE, PASS = "mobile-balanced", "prune{{keep={keep},method=divprune}}"
+#: of the recipe and the pass that every other row goes through: half of a fixed number of visual tokens, or of any
+RECIPE, PASS, THIN = "mobile-balanced", "prune{{keep={keep},method=divprune}}", "thin{factor=2}"
 
 TESTS = Path("tests/graphs/architectures")
 
@@ -132,11 +134,17 @@ def small(model: str) -> list[Request]:
 
 
 def grid(request: Request) -> Iterator[tuple[str, str]]:
-    """Passes and recipes: a target's own recipe, and for decoders a pass with a quantized one; or all there are."""
+    """Passes and recipes: a target's own recipe, and for decoders a quantized one, with a pass; or all there are."""
     yield "", ""
-    facts = load_model(request).architecture.facts()
-    tokens = facts.get("visual_tokens")
-    if not tokens or "context" not in facts:
+    architecture = load_model(request).architecture
+    if not isinstance(architecture, ImageTextDecoder):
+        return
+    if "visual_tokens" not in architecture.facts():  # pictures are read by cross-attention
+        yield "", RECIPE
+        return
+    tokens = architecture.image_embeds().shape[1]
+    if isinstance(tokens, Dim):
+        yield THIN, RECIPE
         return
     half = max(1, tokens // 2)
     if request not in THOROUGH:

@@ -62,10 +62,12 @@ class ExportOptions:
 
 
 def visual_tokens(program: Program) -> int | None:
-    """How many image embeddings [1, N, D] one picture becomes; None for a program that makes none."""
+    """How many image embeddings [1, N, D] one picture becomes at the most; None for a program that makes none."""
     encoder = program.methods.get("vision_encoder")
     shape = encoder.signature.outputs[0].shape if encoder else ()
-    return shape[1] if len(shape) == 3 and isinstance(shape[1], int) else None
+    if len(shape) != 3:
+        return None
+    return shape[1] if isinstance(shape[1], int) else shape[1].max
 
 
 def compress_record(compressed: Program, source: Program) -> dict[str, dict[str, Any] | None]:

@@ -56,6 +56,25 @@ def as_view(segment: View | Array | tuple[Array, ...]) -> View:
     return View(Picture(segment if isinstance(segment, tuple) else (segment,)))
 
 
+def counted(segments: Sequence[Segment]) -> dict[int, int]:
+    """How many places each picture has in a prompt, by the identity of its first array; 0 where all are one place."""
+    found: dict[int, int] = {}
+    for view in (as_view(segment) for segment in segments if not isinstance(segment, list)):
+        key, rope = id(view.picture.arrays[0]), view.picture.rope
+        found[key] = max(found.get(key, 0), view.stop or (0 if rope is None else rope.shape[1]))
+    return found
+
+
+def kept(places: int, count: int) -> NDArray[np.int64]:
+    """Which of a picture's places [M] the `count` embeddings have that a pass left of as many as there are places.
+
+    At even distances, as the pass `thin` leaves them, whatever chose them: rules that choose by content do not say
+    which they kept, and a prompt that reads a picture as several pieces gives each piece its share.
+    """
+    row = np.arange(count)
+    return np.minimum(row * -(-places // max(1, count)), places - count + row)
+
+
 @dataclass(frozen=True)
 class Read:
     """A prompt as embeddings [1, S, D]: `images` [S] marks those of pictures; `rope` are its positions [3, S].
@@ -119,7 +138,9 @@ class Dialogue:
         extents: dict[int, tuple[int, int]] = {}  # the carried keys of a picture
         places: list[tuple[int, int, int]] = []  # of pictures read by cross-attention: token, and the extent
         position = 0
+        counts = counted(segments)
         for segment in segments:
+            after = 0
             if isinstance(segment, list):
                 embeds, is_image = self.tokens(segment), False
                 rope = np.arange(embeds.shape[1])
@@ -139,13 +160,17 @@ class Dialogue:
                     if view.token is None:
                         continue  # or none: the prompt does not mention the picture
                     whole = self.tokens([view.token])
-                embeds = whole[:, view.start : view.stop]
+                rows = kept(max(counts[key], whole.shape[1]), whole.shape[1])
+                here = (rows >= view.start) & (rows < (1 + rows[-1] if view.stop is None else view.stop))
+                embeds = whole[:, here]
                 known = view.picture.rope if is_image else None
-                rope = np.arange(embeds.shape[1]) if known is None else known[:, view.start : view.stop]
+                rope = np.arange(embeds.shape[1]) if known is None else known[:, rows[here]]
+                if known is not None:  # text goes on behind what a pass has dropped, too
+                    after = position + int(known[:, view.start : view.stop].max()) + 1
             parts.append(embeds)
             images.append(np.full(embeds.shape[1], is_image))
             ropes.append(np.broadcast_to(rope + position, (3, embeds.shape[1])))
-            position = int(ropes[-1].max()) + 1 if embeds.shape[1] else position
+            position = after or (int(ropes[-1].max()) + 1 if embeds.shape[1] else position)
         if not parts:
             raise UserError("the prompt is empty")
         carried = {name: np.concatenate(values, axis=-2) for name, values in given.items()}

@@ -81,7 +81,7 @@ def projector(graph: fx.Graph) -> list[fx.Node]:
     """The operators of the projector. Raises UserError where there is none."""
     found = within(graph, PROJECTOR)
     if not found:
-        children = sorted({first(node) for node in graph.nodes} - {""})
+        children = sorted({first(node) for node in graph.nodes if node.op == "call_function"} - {""})
         raise UserError(
             f"the graph has no place for this pass: no operators of a module '{PROJECTOR}', only of {children}"
         )
@@ -89,15 +89,25 @@ def projector(graph: fx.Graph) -> list[fx.Node]:
 
 
 def tokens_out(graph: fx.Graph) -> Tokens:
-    """What leaves the projector, or the last pass behind it: the image embeddings. Raises UserError."""
-    inside = projector(graph)
+    """What leaves the projector, or the last pass behind it: the image embeddings. Raises UserError.
+
+    What an encoder without a projector gives has no grid: several pictures may be in it, one behind the other.
+    """
     added = compressions(graph)
+    inside = within(graph, PROJECTOR)
     last = within(graph, added[-1]) if added else inside
     leaving = [node for node in last if any(user not in last for user in node.users)]
+    leaving = leaving if last else graph.output_node().all_input_nodes
     shape = () if len(leaving) != 1 or (found := value(leaving[0])) is None else tuple(found.shape)
+    if not all(isinstance(size, int) for size in shape):
+        raise UserError(
+            "the graph has no place for this pass: how many visual tokens there are changes from picture to picture, "
+            "and this pass keeps a number that is fixed when it is compiled: use thin{factor=2}"
+        )
     if len(shape) != 3 or shape[0] != 1:
-        raise UserError(f"the graph has no place for this pass: looked for one [1, N, D] that leaves '{PROJECTOR}'")
-    is_list = any(name.endswith(LIST) for name in added)
+        where = f"'{PROJECTOR}'" if inside else "the encoder"
+        raise UserError(f"the graph has no place for this pass: looked for one [1, N, D] that leaves {where}")
+    is_list = not inside or any(name.endswith(LIST) for name in added)
     # Attention in a projector mixes tokens by content (a resampler): its outputs lie at no place in the picture.
     mixed = any(node.target is ATTENTION or node.target is torch.ops.aten.softmax.int for node in inside)
     return Tokens(leaving[0], shape[1], shape[2], None if is_list or mixed else side(shape[1]))

@@ -10,6 +10,7 @@ from torch import fx, nn
 from graphs.compress.place import COMPRESSION, GRID, LIST, compressions
 from graphs.program import Program
 from graphs.rewrite import Opened
+from graphs.spec import TensorSpec
 
 METHOD = "vision_encoder"
 
@@ -22,11 +23,19 @@ class Encoder(Opened):
         """Raises UserError where the program has no vision encoder."""
         return super().open(program, method)
 
-    def splice(self, rule: nn.Module, tokens: fx.Node, more: Sequence[fx.Node] = (), *, grid: bool) -> Program:
+    def splice(
+        self,
+        rule: nn.Module,
+        tokens: fx.Node,
+        more: Sequence[fx.Node] = (),
+        *,
+        grid: bool,
+        inputs: tuple[TensorSpec, ...] | None = None,
+    ) -> Program:
         """The program with rule(tokens, *more) [1, M, D] where `tokens` [1, N, D] were used.
 
         `rule` is on real tensors; its buffers become constants of the program. `grid`: whether its tokens are a square
-        in raster order.
+        in raster order. `inputs`: those that the method takes from now on, where they change.
         """
         name = f"{COMPRESSION}_{len(compressions(self.graph))}_{GRID if grid else LIST}"
         constants = self.attach(name, rule)
@@ -34,4 +43,4 @@ class Encoder(Opened):
         with self.graph.inserting_after(last):
             call = self.graph.call_module(name, (tokens, *more))
         tokens.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        return self.retrace(constants)
+        return self.retrace(constants, inputs)

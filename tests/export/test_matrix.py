@@ -16,7 +16,7 @@ from quant.recipe import names
 
 
 def export_row(target: str, passes: str = "", **found: Any) -> dict[str, Any]:
-    return {**vars(Job("export", "clip", "tiny", target, passes, "mobile-balanced")), **found}
+    return {**vars(Job("export", "clip", "tiny", target, passes, "mobile-balanced" if passes else "")), **found}
 
 
 def cells(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -42,6 +42,16 @@ def test_other_rows_are_published_compared_and_lowered() -> None:
     assert [job.kind for job in found] == ["published"] * 4 + ["equality"] + ["export"] * 4
 
 
+def test_decoders_are_quantized_too_and_pruned_where_their_tokens_can_be() -> None:
+    def quantized(model: str, variant: str) -> set[str]:
+        return {job.passes for job in jobs([model], [variant]) if job.recipe == "mobile-balanced"}
+
+    assert quantized("paligemma", "tiny") == {"prune{keep=18,method=divprune}"}
+    assert quantized("qwen2_vl", "tiny") == {"thin{factor=2}"}
+    assert quantized("llama3_2_vision", "tiny") == {""}
+    assert quantized("aimv2", "tiny") == set()
+
+
 def test_a_published_size_is_counted_and_traced() -> None:
     row = Job("published", "clip", "clip-vit-b-32").run()
     assert row["parameters"] == 151_277_313
@@ -64,6 +74,16 @@ def test_rungs_are_yes_some_or_blank() -> None:
     assert found["L5 onnxruntime"] == ""
 
 
+def test_rows_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**vars(Job("equality", "clip")), "key": Job("equality", "clip").key, "failed": "broken"}
+    (tmp_path / "matrix.json").write_text(json.dumps([other]))
+    monkeypatch.setattr(matrix, "attempt", lambda job: {"key": job.key, **vars(job), "refused": "not asked for"})
+    arguments = ["--models", "blip", "--kinds", "equality", "--out", str(tmp_path), "--resume", "--workers", "1"]
+    monkeypatch.setattr("sys.argv", ["matrix", *arguments])
+    assert matrix.main() == 1
+    assert [row["model"] for row in json.loads((tmp_path / "matrix.json").read_text())] == ["blip", "clip"]
+
+
 def test_results_are_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -74,8 +94,8 @@ def test_results_are_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
         return {"key": job.key, **vars(job), **(sizes if job.kind == "published" else why)}
 
     monkeypatch.setattr(matrix, "attempt", attempt)
-    monkeypatch.setattr(matrix, "WORKERS", 1)
-    monkeypatch.setattr("sys.argv", ["matrix", "--models", "siglip", "--out", str(tmp_path), "--resume"])
+    arguments = ["--models", "siglip", "--out", str(tmp_path), "--resume", "--workers", "1"]
+    monkeypatch.setattr("sys.argv", ["matrix", *arguments])
     failed = matrix.main()
     first = len(asked)
     rows = json.loads((tmp_path / "matrix.json").read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.dialogue import Dialogue
+from graphs.dialogue import Dialogue, kept
 from graphs.errors import UserError
 from graphs.preprocess.picture import Array, Picture, View
 from graphs.program import Signature
@@ -111,3 +111,25 @@ def test_an_encoder_reads_the_prompt_and_the_answer_begins_with_given_ids() -> N
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="empty"):
         Dialogue(Recording([IMAGE], [EMBEDS, POSITION])).embed([])
+
+
+def test_embeddings_that_a_pass_left_stand_where_they_stood() -> None:
+    assert kept(8, 8).tolist() == list(range(8))
+    for places in range(3, 40):
+        assert kept(places, -(-places // 2)).tolist() == list(range(0, places, 2))
+    assert kept(8, 5).tolist() == [0, 2, 4, 6, 7]
+
+    class Thinned(Recording):
+        def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
+            found = super().call(method, inputs)
+            return [found[0][:, ::2]] if method == "vision_encoder" else found
+
+    caller = Thinned([IMAGE], [EMBEDS, POSITION, ROPE])
+    picture = Picture((np.arange(8, dtype=np.float32).reshape(4, 2),), rope=PICTURE.rope)
+    dialogue = Dialogue(caller)
+    read = dialogue.embed([[1], View(picture, 0, 1), [5], View(picture, 1, 4), [6]])
+    assert read.embeds_1SD[0, :, 0].tolist() == [1, 0, 5, 4, 6]
+    assert read.rope_3S[:, :3].tolist() == [[0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    whole = dialogue.embed([[1], View(picture), [6]])
+    assert whole.embeds_1SD[0, :, 0].tolist() == [1, 0, 4, 6]
+    assert whole.rope_3S.tolist() == [[0, 1, 1, 3], [0, 1, 2, 3], [0, 1, 1, 3]]  # the dropped columns still count

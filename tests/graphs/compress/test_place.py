@@ -105,6 +105,6 @@ def test_tokens_of_a_resampler_are_no_grid() -> None:
 
 def test_no_place() -> None:
     with pytest.raises(UserError, match=r"no operators of a module 'projector', only of \['bridge', 'tower'\]"):
-        apply(parse("prune{keep=3}"), encoder(mlp(), "bridge"))
+        apply(parse("prune{keep=3,method=visionzip}"), encoder(mlp(), "bridge"))
     with pytest.raises(UserError, match="no method 'vision_encoder', only image_encoder"):
         apply(parse("prune{keep=3}"), encoder(mlp(), method="image_encoder"))
