@@ -225,6 +225,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "tokens": tokens,
                     "recipe": chosen.name,
                     "quantization": resolved.to_json(),
+                    "weight_bytes": resolved.weight_bytes(compressed),
                     "calibration": None if statistics is None else statistics.origin.to_json(),
                     "limits": {name: limit.to_json() for name, limit in checks.limits.items()},
                     "vectors_seed": checks.seed,

@@ -24,15 +24,12 @@ OPERATORS: dict[Callable[..., object], tuple[Kind, int, int]] = {
 
 
 @dataclass(frozen=True)
-class Layer:
+class Weighed:
     """One operator with a constant weight; `entry` is the weight's name in the method's state dict."""
 
     method: str
     entry: str
     kind: Kind
-    node: fx.Node
-    input: fx.Node
-    weight: fx.Node
     shape: tuple[int, ...]
 
     @property
@@ -47,6 +44,15 @@ class Layer:
         return self.shape[-1] if self.kind == "embedding" else int(torch.Size(self.shape[1:]).numel())
 
 
+@dataclass(frozen=True)
+class Layer(Weighed):
+    """The same in a traced graph."""
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+
+
 def layers(opened: Opened) -> list[Layer]:
     """Every layer of a method in the order of computation. One weight read twice (tied) is two layers."""
     found = []
@@ -59,5 +65,5 @@ def layers(opened: Opened) -> list[Layer]:
             tensor: Tensor = weight.meta["val"]
             read = node.args[reads]
             assert isinstance(read, fx.Node)
-            found.append(Layer(opened.method, str(weight.target), kind, node, read, weight, tuple(tensor.shape)))
+            found.append(Layer(opened.method, str(weight.target), kind, tuple(tensor.shape), node, read, weight))
     return found

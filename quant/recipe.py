@@ -27,7 +27,7 @@ from typing import Any
 from calibration.moments import WEIGHTINGS
 from graphs.errors import UserError, nearest
 from graphs.files import reason, shown
-from quant.layers import KINDS, Layer
+from quant.layers import KINDS, Weighed
 from quant.scheme import Scheme
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -49,7 +49,7 @@ class Rule:
     scales: str = "rtn"
     rescale: str = ""
 
-    def fits(self, layer: Layer) -> bool:
+    def fits(self, layer: Weighed) -> bool:
         return self.kind in ("", layer.kind) and fnmatchcase(layer.path, self.match)
 
 
@@ -64,7 +64,7 @@ class Recipe:
     modality: str = "balanced"
     layers: tuple[Rule, ...] = ()
 
-    def rule(self, layer: Layer) -> Rule | None:
+    def rule(self, layer: Weighed) -> Rule | None:
         """The first rule for a layer."""
         return next((rule for rule in self.layers if rule.fits(layer)), None)
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from graphs.errors import UserError, nearest
 from graphs.program import Program
 from graphs.rewrite import Opened
-from quant.layers import Layer, layers
+from quant.layers import Layer, Weighed, layers
 from quant.recipe import KEEP, Recipe, Rule
 from quant.scheme import Scheme
 
@@ -61,6 +63,19 @@ class Resolved:
     def needs_hessians(self) -> bool:
         return any(rule.scales == "gptq" for _, _, rule in self.layers.values())
 
+    def weight_bytes(self, program: Program) -> int:
+        """What the weights of a program come to: packed codes with their scales, and all others in `floats`."""
+        width, total = getattr(torch, self.floats).itemsize, 0
+        for method, traced in program.methods.items():
+            state = {spec.name for spec in traced.signature.state}
+            for entry in traced.weight_names.keys() - state:
+                fake = traced.exported.state_dict[entry]
+                if (method, entry) in self.layers:
+                    total += self.layers[method, entry][1].bytes(fake.shape, width)
+                else:
+                    total += fake.numel() * (width if fake.is_floating_point() else fake.element_size())
+        return total
+
     def to_json(self) -> dict[str, Any]:
         """For the manifest; `from_json` gives it back."""
         return {
@@ -107,7 +122,7 @@ def all_layers(program: Program) -> Iterator[Layer]:
         yield from layers(Opened.open(program, method))
 
 
-def fits(layer: Layer, scheme: Scheme) -> bool:
+def fits(layer: Weighed, scheme: Scheme) -> bool:
     """Whether the groups of a scheme divide a layer's inputs."""
     group = scheme.weights.group
     return not group or (layer.kind != "conv" and layer.inputs % group == 0)

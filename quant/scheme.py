@@ -8,7 +8,9 @@ blocks of the weights' group, `af8` static float8 inputs; without a suffix they 
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +33,15 @@ class WeightScheme:
     bits: int
     group: int = 0
     asymmetric: bool = False
+
+    def bytes(self, shape: Sequence[int], scale_bytes: int) -> int:
+        """What weights of that shape take: packed codes, and scales, zero points or a palette of `scale_bytes` each."""
+        count = math.prod(shape)
+        codes = -(-count * self.bits // 8)
+        if self.kind == "palette":
+            return codes + scale_bytes * 2**self.bits
+        scales = count // self.group if self.group else shape[0]
+        return codes + scales * (scale_bytes + self.asymmetric)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,10 @@ class Scheme:
     def bfloat16_scales(self) -> bool:
         """Whether the weights' scales are kept in bfloat16: XNNPACK's kernels of 4-bit groups have no others."""
         return self.activations == "a8t" and self.weights.bits == 4 and self.weights.group > 0
+
+    def bytes(self, shape: Sequence[int], float_bytes: int) -> int:
+        """What a layer's weights take where other numbers take `float_bytes` each."""
+        return self.weights.bytes(shape, 2 if self.bfloat16_scales else float_bytes)
 
     @property
     def needs_ranges(self) -> bool:

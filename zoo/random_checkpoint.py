@@ -106,7 +106,10 @@ def unused(shapes: Mapping[str, torch.Size], tower: str, vision: ClipVisionConfi
         for number in set(range(vision.num_hidden_layers)) - built
         for name, shape in layer.items()
     }
-    return {**above, **{f"{tower}post_layernorm.{name}": torch.Size([vision.hidden_size]) for name in ("weight", "bias")}}
+    return {
+        **above,
+        **{f"{tower}post_layernorm.{name}": torch.Size([vision.hidden_size]) for name in ("weight", "bias")},
+    }
 
 
 class Drawn(Mapping[str, Tensor]):
@@ -134,7 +137,9 @@ def write(out: Path, architecture: Architecture, seed: int = 0, shard_bytes: int
     Raises UserError for a model whose public layout is not known here.
     """
     if architecture.name not in LAYOUTS:
-        raise UserError(f"no public layout of {architecture.name} is written here: {nearest(architecture.name, LAYOUTS)}")
+        raise UserError(
+            f"no public layout of {architecture.name} is written here: {nearest(architecture.name, LAYOUTS)}"
+        )
     config, tower = LAYOUTS[architecture.name]
     shapes = {architecture.source(name).keys[0]: shape for name, shape in parameter_shapes(architecture).items()}
     shapes |= unused(shapes, tower, architecture.vision)  # type: ignore[attr-defined]

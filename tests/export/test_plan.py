@@ -49,3 +49,28 @@ def test_half_precision_halves_the_bytes() -> None:
     whole = plan(Request("mobilevlm", "tiny"), 16, "reference-fp32")
     half = plan(Request("mobilevlm", "tiny"), 16, "reference-fp16")
     assert whole["weight_bytes"] == 2 * half["weight_bytes"] == 4 * whole["deployed_parameters"]
+
+
+def test_recipes_are_counted_in_their_own_bits() -> None:
+    request = Request("mobilevlm", "mobilevlm-1.7b")
+    whole, small = (plan(request, 16, recipe) for recipe in ("reference-fp16", "mobile-balanced"))
+    numbers = 24 * (4 * 2048 * 2048 + 3 * 2048 * 5632)  # four bits, and half precision for every 32
+    table = 32000 * 2048  # eight bits: the embedding a scale a row, the head one for every 32
+    decoder = numbers / 2 + numbers / 16 + (table + table / 16)
+    found = small["methods"]["text_decoder (one token)"]["weight_bytes"]
+    assert found == pytest.approx(decoder, rel=1e-3)  # norms are in half precision
+    assert small["weight_bytes"] < 0.4 * whole["weight_bytes"]
+    assert small["deployed_parameters"] == whole["deployed_parameters"]
+
+
+def test_pictures_of_any_size_are_counted_at_the_largest() -> None:
+    result = plan(Request("qwen2_vl", "tiny"), 16, None)
+    shown = [name for name in result["methods"] if name.startswith("vision_encoder")]
+    assert shown == ["vision_encoder (largest picture)"]
+    assert f"text_decoder (prefill {min(result['visual_tokens'] + 16, result['context'])})" in result["methods"]
+
+
+def test_an_encoder_reads_the_prompt_and_a_decoder_a_token_at_a_time() -> None:
+    methods = plan(Request("florence2", "tiny"), 16, None)["methods"]
+    assert {"text_encoder", "text_decoder (one token)"} <= set(methods)
+    assert not any("prefill" in name for name in methods)

@@ -33,3 +33,19 @@ def test_parts() -> None:
 def test_refusals_name_the_choice(text: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         Scheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "promised"),
+    [
+        ("w8", 64 * 128 + 64 * 4),
+        ("w4g32", 64 * 128 // 2 + 64 * 4 * 4),
+        ("w4g32z", 64 * 128 // 2 + 64 * 4 * 5),
+        ("w4g32a8t", 64 * 128 // 2 + 64 * 4 * 2),  # bfloat16 scales
+        ("w3", 64 * 128 * 3 // 8 + 64 * 4),
+        ("p4", 64 * 128 // 2 + 16 * 4),
+        ("f8af8", 64 * 128 + 64 * 4),
+    ],
+)
+def test_bytes_are_those_of_codes_and_scales(text: str, promised: int) -> None:
+    assert Scheme.parse(text).bytes((64, 128), 4) == promised
