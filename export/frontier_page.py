@@ -7,9 +7,15 @@ from typing import Any
 
 from export.accuracy import half_width
 from export.chart import Point, scatter
-from export.frontier_goals import CONTROLS, REFERENCE, Row, change, goals, measured, pareto, points, pruned, short
+from export.frontier_goals import CONTROLS, REFERENCE, Goal, Row, change, goals, measured, pareto, points, pruned, short
 
 STATE = {True: "met", False: "**MISSED**", None: "not told"}
+REPORTED = {True: "reported, holds", False: "reported, does not hold", None: "not told"}
+
+
+def goal_line(goal: Goal) -> str:
+    """One goal of the list."""
+    return f"- {REPORTED[goal.met] if goal.reported else STATE[goal.met]}: {goal.text}: {goal.evidence}"
 
 
 def percent(row: Row, group: str) -> str:
@@ -113,7 +119,7 @@ def page(report: Mapping[str, Any]) -> str:
         "",
         "## Goals",
         "",
-        *(f"- {STATE[goal.met]}: {goal.text}: {goal.evidence}" for goal in goals(rows)),
+        *map(goal_line, goals(rows)),
         "",
     ]
     for target in dict.fromkeys(row["target"] for row in done):
