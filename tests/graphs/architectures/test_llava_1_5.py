@@ -36,6 +36,7 @@ from runtimes.eager import EagerRuntime
 from runtimes.generate import generate
 from runtimes.manifest import Bundle
 from runtimes.session import Session
+from tests.lowered import lowers
 from tests.numbers import relative_l2
 from tests.pretrained import byte_tokenizer, photographs, randomized, raw_pixels, save
 from tests.published import counted
@@ -245,14 +246,8 @@ def test_the_prompt_is_the_processors(assistant: tuple[Any, LlavaProcessor, Path
 
 @pytest.mark.parametrize("target", ["coreml", "tensorrt"])
 def test_tiny_lowers(target: str, tmp_path: Path) -> None:
-    options = ExportOptions(Request("llava_1_5", "tiny"), target, "reference-fp32", out=tmp_path / "b")
-    manifest = json.loads((export(options, silent) / "manifest.json").read_text())
-    for name in ("vision_encoder", "token_embedding", "text_decoder"):
-        entry = manifest["verification"][name]["lower"]
-        if entry["executed"]:
-            assert entry["relative_l2"] <= entry["limit"]
-        else:
-            assert "parsed and built by TensorRT-RTX" in entry["checked"]
+    manifest = lowers(Request("llava_1_5", "tiny"), target, tmp_path / "b")
+    assert set(manifest["methods"]) == {"vision_encoder", "token_embedding", "text_decoder"}
 
 
 def test_published_sizes_count() -> None:
