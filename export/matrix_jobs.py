@@ -155,6 +155,7 @@ def grid(request: Request) -> Iterator[tuple[str, str]]:
         (passes, "")
         for passes in (
             "pool{factor=2}",
+            THIN,
             "pixel_shuffle{factor=2}",
             "ldp{version=1}",
             "ldp{version=2}",
