@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graphs.errors import UserError
-from graphs.files import reason, sha256
+from graphs.files import readable, reason, sha256
 from runtimes.manifest import MANIFEST
 
 
@@ -127,4 +126,4 @@ def file_records(directory: Path) -> dict[str, dict[str, Any]]:
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Add the record of all files present and write the manifest, last of all files."""
     complete = {**manifest, "files": file_records(directory)}
-    (directory / MANIFEST).write_text(json.dumps(complete, indent=2, allow_nan=False) + "\n")
+    (directory / MANIFEST).write_text(readable(complete) + "\n")

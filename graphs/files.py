@@ -93,6 +93,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def readable(value: Any, width: int = 120, indent: str = "") -> str:
+    """JSON for people: an object or array that fits into a line of `width` is one, others have a line an entry.
+
+    Raises: ValueError for a number that is not finite, TypeError for what JSON does not have.
+    """
+    line = json.dumps(value, allow_nan=False)
+    if len(line) + len(indent) <= width or not isinstance(value, dict | list | tuple):
+        return line
+    inner = f"{indent} "
+    if isinstance(value, dict):
+        rows = [f"{json.dumps(str(key))}: {readable(entry, width, inner)}" for key, entry in value.items()]
+        opening, closing = "{}"
+    else:
+        rows = [readable(entry, width, inner) for entry in value]
+        opening, closing = "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}{closing}"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that appears whole or not at all, in place of any that was there."""
     draft = path.with_name(f"{path.name}.new")

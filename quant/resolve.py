@@ -83,7 +83,8 @@ class Resolved:
             "modality": self.recipe.modality,
             "schemes": self.counts(),
             "layers": {
-                f"{method}/{entry}": {"scheme": str(scheme), "scales": rule.scales, "rescale": rule.rescale}
+                f"{method}/{entry}": {"scheme": str(scheme), "scales": rule.scales}
+                | ({"rescale": rule.rescale} if rule.rescale else {})
                 for (method, entry), (_, scheme, rule) in self.layers.items()
             },
         }
@@ -99,7 +100,7 @@ class Resolved:
                 row = rows.get(f"{layer.method}/{layer.entry}")
                 if row is not None:
                     scheme = Scheme.parse(row["scheme"])
-                    rule = Rule(layer.path, (str(scheme),), layer.kind, str(row["scales"]), str(row["rescale"]))
+                    rule = Rule(layer.path, (str(scheme),), layer.kind, str(row["scales"]), str(row.get("rescale", "")))
                     found[layer.method, layer.entry] = (layer, scheme, rule)
             if len(found) != len(rows):
                 raise UserError("the recorded quantization is of another program")

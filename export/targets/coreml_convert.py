@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from export.targets import coreml_ops
+from export.targets import coreml_names, coreml_ops
 from graphs.errors import GateError
 from graphs.files import reason
 from graphs.program import Signature
@@ -129,7 +129,7 @@ def describe(model: Any, name: str, signature: Signature, facts: Mapping[str, An
 
 
 def finish(model: Any, name: str, path: Path) -> None:
-    """Write the specification and the manifest again, so that equal programs make equal bytes.
+    """Write the specification, with short names, and the manifest again, so that equal programs make equal bytes.
 
     coremltools draws the identifiers in the manifest at random; here they follow from the method's name.
     """
@@ -138,7 +138,9 @@ def finish(model: Any, name: str, path: Path) -> None:
     items: dict[str, dict[str, str]] = manifest["itemInfoEntries"]
     names = {key: str(uuid.uuid5(uuid.NAMESPACE_URL, f"{name}/{item['path']}")) for key, item in items.items()}
     root: str = manifest["rootModelIdentifier"]
-    (path / "Data" / items[root]["path"]).write_bytes(model.get_spec().SerializeToString(deterministic=True))
+    spec = model.get_spec()
+    coreml_names.shorten(spec)
+    (path / "Data" / items[root]["path"]).write_bytes(spec.SerializeToString(deterministic=True))
     manifest["itemInfoEntries"] = {names[key]: item for key, item in items.items()}
     manifest["rootModelIdentifier"] = names[root]
     manifest_path.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")

@@ -73,6 +73,14 @@ def test_the_quantized_graph_can_be_made_again(balanced: tuple[Path, dict[str, A
     assert max(entry["relative_l2"] for entry in compare(again, vectors).values()) == 0.0
 
 
+def test_a_package_of_four_bit_weights_is_as_small_as_promised(tmp_path: Path) -> None:
+    manifest = made("coreml", "mobile-small", tmp_path / "bundle")
+    beside = ("vectors.safetensors", "tokenizer.json", "tokenizer_config.json")
+    size = sum(record["bytes"] for name, record in manifest["files"].items() if name not in beside)
+    size += (tmp_path / "bundle" / "manifest.json").stat().st_size
+    assert 2.4e6 < manifest["weight_bytes"] < size < 1.05 * manifest["weight_bytes"]
+
+
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     recipe = tmp_path / "own.toml"
     recipe.write_text('[[layers]]\nmatch = "text_decoder/*"\nkind = "linear"\nschemes = ["w4g64z"]\nscales = "mse"\n')
