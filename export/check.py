@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from export.gate import Limit, execute
+from export.sample import Sample
 from export.stability import MOST
 from export.stages import Progress
+from export.targets.base import LowerOptions, load_target
 from export.verify import load_vectors
 from graphs.errors import GateError, UserError
 from runtimes.base import Unavailable, load_runtime
 from runtimes.manifest import VECTORS, Bundle, inside
+from runtimes.session import rebuild
 
 
 def recorded_limits(bundle: Bundle) -> dict[str, Limit]:
@@ -35,10 +39,18 @@ def verify_bundle(directory: Path, progress: Progress) -> dict[str, dict[str, An
     """
     bundle = Bundle.open(directory)
     progress(f"{bundle.check_files(progress)} files are as the manifest says")
-    vectors = load_vectors(inside(directory, VECTORS), bundle.artifact.signatures)
-    try:
-        runtime = load_runtime(bundle.target, bundle.artifact)
-    except Unavailable as why:
-        raise GateError(f"{directory}: files are whole, but {bundle.target} cannot run here: {why}") from why
-    progress(f"running {runtime.version}")
-    return execute(runtime, vectors, recorded_limits(bundle), str(directory))
+    sample = Sample.from_json(bundle.manifest.get("left_out"))
+    if sample.without:
+        progress(f"lowering a sample again: {sample}")
+    with TemporaryDirectory(prefix="vlmx-") as scratch:
+        artifact = bundle.artifact
+        if sample.without:
+            given = LowerOptions(str(bundle.manifest["quantization"]["floats"]), recorded_limits(bundle))
+            artifact, _ = sample.lowered(load_target(bundle.target), rebuild(bundle), given, Path(scratch))
+        vectors = load_vectors(inside(directory, VECTORS), artifact.signatures)
+        try:
+            runtime = load_runtime(bundle.target, artifact)
+        except Unavailable as why:
+            raise GateError(f"{directory}: files are whole, but {bundle.target} cannot run here: {why}") from why
+        progress(f"running {runtime.version}")
+        return execute(runtime, vectors, recorded_limits(bundle), str(directory))

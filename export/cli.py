@@ -48,7 +48,7 @@ def export_command(args: argparse.Namespace, say: Callable[[str], None]) -> tupl
     extra = {key: value for key in ("delegate", "builder") if (value := getattr(args, key)) is not None}
     calibration = Calibration(args.calibration, args.calibration_count, args.calibration_seed)
     options = ExportOptions(
-        request_of(args), args.target, args.quant, calibration, args.compress, args.out, args.force, extra
+        request_of(args), args.target, args.quant, calibration, args.compress, args.out, args.force, args.verify, extra
     )
     out = export(options, say)
     manifest = json.loads((out / "manifest.json").read_text())
@@ -203,6 +203,12 @@ def parser() -> Parser:
     added.add_argument("--calibration-seed", type=int, default=0, metavar="N", help="what draws them")
     added.add_argument("--out", type=Path, metavar="DIR", help="default: bundles/VARIANT-TARGET")
     added.add_argument("--force", action="store_true", help="replace the bundle at --out")
+    added.add_argument(
+        "--verify",
+        default="auto",
+        metavar="HOW",
+        help="whole, sample (one layer of each kind), or auto: whole up to 1 GiB of float32 weights",
+    )
     added.add_argument("--delegate", metavar="NAME", help="executorch: the delegate")
     added.add_argument("--builder", metavar="NAME", help="tensorrt: tensorrt or tensorrt-rtx")
 

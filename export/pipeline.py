@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
 from export.gate import Limit, execute, words
+from export.sample import Sample, check_verify
 from export.stability import trial
 from export.stages import Progress, Stages, to_stderr
 from export.targets.base import Lowered, LowerOptions, Target, load_target
@@ -58,6 +60,7 @@ class ExportOptions:
     compress: str = ""
     out: Path | None = None  # None: bundles/VARIANT-TARGET
     force: bool = False
+    verify: str = "auto"  # one of `export.sample.VERIFY`
     extra: Mapping[str, str] = field(default_factory=dict)  # the target's own options
 
 
@@ -70,9 +73,8 @@ def visual_tokens(program: Program) -> int | None:
     return shape[1] if isinstance(shape[1], int) else shape[1].max
 
 
-def compress_record(compressed: Program, source: Program) -> dict[str, dict[str, Any] | None]:
-    """The `compress` entries of the manifest: None for a method whose graph is the source's own."""
-    changed = [name for name in source if compressed.methods[name] is not source.methods[name]]
+def compress_record(compressed: Program, source: Program, changed: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    """The `compress` entries of the manifest: None for a method that passes did not change."""
     before, after = ({name: program.methods[name].signature for name in changed} for program in (source, compressed))
     given = seeded_inputs(after)
     plain = {name: [declared(call, before[name].inputs) for call in calls] for name, calls in given.items()}
@@ -155,6 +157,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
     table = target.capabilities
     chosen = recipe(options.recipe or table.default_recipe)
     passes = parse(options.compress)
+    check_verify(options.verify)
     stages = Stages(progress, STAGES)
     if options.out is not None:
         check_destination(options.out, options.force)
@@ -192,20 +195,24 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
         with stages("lower", options.target) as say:
             legal = target.legalize(program)
             legal.check()
-            metadata = {**prompt, "variant": model.variant}
-            checks = trial(resolved, table.limit(resolved.floats, resolved.quantized), rounded, program)
-            expected = checks.expected
-            lowered = target.lower(
-                legal,
-                directory,
-                LowerOptions(resolved.floats, checks.limits, checks.seed, metadata, options.extra, say),
+            sample = Sample.choose(source, program, options.verify)
+            part, unrounded = sample.of(program), sample.of(rounded)
+            checks = trial(resolved, table.limit(resolved.floats, resolved.quantized), unrounded, part)
+            expected, metadata = checks.expected, {**prompt, "variant": model.variant}
+            given = LowerOptions(
+                resolved.floats, checks.limits, checks.seed, metadata, options.extra, not sample.without, say
             )
-        with stages("verify", "against the source graph") as say:
-            unquantized = None if program is compressed else record(EagerRuntime(compressed), inputs_of(expected))
+            lowered = target.lower(legal, directory, given)
+        with stages("verify", f"{sample}, against the source graph") as say:
+            before = sample.of(compressed)
+            unquantized = None if program is compressed else record(EagerRuntime(before), inputs_of(expected))
             quantize = compare(expected, unquantized) if unquantized else None
-            compress = compress_record(compressed, source)
+            changed = [name for name in source if compressed.methods[name] is not source.methods[name]]
+            compress = compress_record(before, sample.of(source), changed)
             artifact = artifact_of(program, lowered, directory)
-            lower = verify_lowered(options.target, artifact, lowered, expected, checks.limits)
+            with TemporaryDirectory(prefix=".sample-", dir=directory) as scratch:
+                run = sample.lowered(target, program, given, Path(scratch)) if sample.without else (artifact, lowered)
+                lower = verify_lowered(options.target, *run, expected, checks.limits)
             for name, entry in lower.items():
                 say(f"{name}: {describe(entry)}")
         with stages("publish", str(out)):
@@ -229,6 +236,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                     "calibration": None if statistics is None else statistics.origin.to_json(),
                     "limits": {name: limit.to_json() for name, limit in checks.limits.items()},
                     "vectors_seed": checks.seed,
+                    "left_out": sample.to_json(),
                     "prompt": prompt,
                     "methods": {
                         name: {"file": lowered.files[name], **signature_to_json(signature)}

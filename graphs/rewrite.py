@@ -9,11 +9,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 
 from graphs.errors import UserError
-from graphs.program import Constant, Program
+from graphs.lift import lift
+from graphs.program import Constant, Program, Signature
 from graphs.spec import Dim, TensorSpec
 from graphs.trace import trace_module
+
+
+def acts(node: fx.Node) -> bool:
+    """Whether a node must stay though nothing reads it. Attention, which may drop at random, need not: not here."""
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return node.is_impure() and torch.Tag.nondeterministic_seeded not in tags
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Opened:
 
     def drop_unread(self) -> None:
         """Remove weights that no node reads any more, so that the program asks for them no more."""
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(acts)
         read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
         for prefix, owner in self.module.named_modules():
             for table in (owner._parameters, owner._buffers):
@@ -107,12 +115,36 @@ class Opened:
         and equal names are one constant. `inputs`: those that the method takes from now on, where they change. `state`:
         what it keeps besides what it kept; state that the graph no longer writes is dropped.
         """
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(acts)
         self.module.recompile()
         self.module._forward_pre_hooks.clear()  # they check for the sizes of inputs as they were
+        signature = replace(self.program.methods[self.method].signature, inputs=inputs or self.inputs)
+        return self.with_exported(trace_module(self.module, signature.inputs, self.mode), signature, state, constants)
+
+    def lift(self) -> Program:
+        """The program with the changed graph, not traced anew where only operators that stay whole were put in.
+
+        No value that a node had may have changed in shape or dtype; else, and for other inputs or state, `retrace`.
+        """
+        self.graph.eliminate_dead_code(acts)
         traced = self.program.methods[self.method]
-        signature = replace(traced.signature, inputs=inputs or traced.signature.inputs)
-        exported = trace_module(self.module, signature.inputs, self.mode)
+        exported = lift(traced.exported, self.module)
+        return self.retrace() if exported is None else self.with_exported(exported, traced.signature)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What the method takes so far."""
+        return self.program.methods[self.method].signature.inputs
+
+    def with_exported(
+        self,
+        exported: ExportedProgram,
+        signature: Signature,
+        state: tuple[TensorSpec, ...] = (),
+        constants: Mapping[str, Constant] | None = None,
+    ) -> Program:
+        """The program with `exported` as the method; see `retrace`."""
+        traced = self.program.methods[self.method]
         written = set(exported.graph_signature.buffers_to_mutate.values())
         states = tuple(spec for spec in (*signature.state, *state) if spec.name in written)
         users = exported.graph_signature.user_outputs

@@ -13,6 +13,7 @@ from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 
 from graphs.program import Program, Signature, TracedMethod
+from graphs.repeat import grown, shortened, stacks
 from graphs.spec import Architecture, Method, TensorSpec
 
 
@@ -91,8 +92,11 @@ def trace(architecture: Architecture, weights: Mapping[str, Tensor]) -> Program:
     constants = dict(tables(root))
     where = {id(tensor): name for name, tensor in [*root.named_parameters(), *root.named_buffers()]}
     methods = {}
+    found = stacks(root)
     for method in architecture.methods(root):
-        exported = trace_module(method.module, method.inputs, mode)
+        with shortened(found):
+            short = trace_module(method.module, method.inputs, mode)
+        exported = grown(short, method.module, found) or trace_module(method.module, method.inputs, mode)
         names = {fqn: where[id(t)] for fqn, t in method.module.state_dict(keep_vars=True).items()}
         methods[method.name] = TracedMethod(Signature.of(method), exported, names)
     return Program(methods, weights, constants)

@@ -27,7 +27,7 @@ from quant.scheme import Scheme
 Say = Callable[[str], None]
 
 #: quantized weights kept for the next reader (a target, then the reference), the least recently used go first
-KEPT_BYTES = 256 << 20
+KEPT_BYTES = 64 << 20
 
 
 class Kept:

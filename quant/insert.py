@@ -47,7 +47,7 @@ def insert(program: Program, choices: Mapping[tuple[str, str], Choice]) -> Progr
         if mine:
             opened = Opened.open(program, method)
             Inserter(opened, mine).run()
-            program = opened.retrace()
+            program = opened.lift()
     return program
 
 

@@ -44,6 +44,7 @@ class LowerOptions:
     seed: int = 0  # of inputs to check with
     metadata: Mapping[str, Any] = field(default_factory=dict)  # context, eos ids, visual tokens, ... for stock clients
     extra: Mapping[str, str] = field(default_factory=dict)
+    loads: bool = True  # whether what was written may be loaded whole, to be run or counted
     progress: Callable[[str], None] = lambda line: None
 
 

@@ -36,20 +36,10 @@ EMBEDDING = tuple(f"w{bits}{group}" for bits in (8, 4, 3) for group in ("", *GRO
 FUSIONS = (unsigned_activations, fuse_integer, fuse_linear, fuse_embedding)
 
 
-#: larger graphs are not optimized only to be counted: it would hold their weights in memory
-MAX_COUNTED_BYTES = 2 << 30
-
-
-def optimized_operators(path: Path) -> dict[str, int] | None:
-    """What a session of default options makes of a graph: the operators that its CPU kernels then run.
-
-    None where the graph's weights are too large to be loaded for this.
-    """
+def optimized_operators(path: Path) -> dict[str, int]:
+    """What a session of default options makes of a graph: the operators that its CPU kernels then run."""
     import onnxruntime
 
-    data = path.with_name(f"{path.name}.data")
-    if data.exists() and data.stat().st_size > MAX_COUNTED_BYTES:
-        return None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -96,7 +86,7 @@ class OnnxRuntimeTarget:
                 "in_place": in_place(model, pairs),
                 "nodes": sum(counts.values()),
                 "operators": counts,
-                "optimized_operators": optimized_operators(directory / files[method]),
+                "optimized_operators": optimized_operators(directory / files[method]) if options.loads else None,
             }
         versions = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
         return Lowered(files, details, versions)

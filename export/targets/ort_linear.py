@@ -42,18 +42,19 @@ class Blocks:
 
     def unsigned(self, values: Tensor) -> Tensor:
         """Signed to unsigned integers: zero becomes the middle."""
-        return (values.to(torch.int16) + (1 << (self.bits - 1))).to(torch.uint8)
+        return values.view(torch.uint8) + (1 << (self.bits - 1))  # modulo 256
 
     def pairs(self, values: Tensor) -> Tensor:
         """Two integers of 4 bits a byte along the last axis, the first one low; wider ones as they are."""
         if self.bits == 8:
             return values
-        even = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
+        even = torch.nn.functional.pad(values, (0, 1)) if values.shape[-1] % 2 else values
         return even[..., 0::2] | (even[..., 1::2] << 4)
 
     def weight(self, q: Tensor) -> Tensor:
         """int8 [O, K] to bytes [O, blocks, size * bits / 8]; what pads the last block meets no activation."""
-        padded = torch.nn.functional.pad(self.unsigned(q), (0, self.count * self.size - self.inputs))
+        padding = self.count * self.size - self.inputs
+        padded = torch.nn.functional.pad(self.unsigned(q), (0, padding)) if padding else self.unsigned(q)
         return self.pairs(padded.unflatten(-1, (self.count, self.size)))
 
     def scale(self, scale: Tensor) -> Tensor:

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_structure
 
+from graphs.lift import rebuilt
 from graphs.program import Program, Signature, TracedMethod
 
 #: the pattern of a state's name, the input that carries it in, the output that carries it out; the first match holds
@@ -75,7 +72,8 @@ def state_as_io(traced: TracedMethod) -> TracedMethod:
         signature.outputs + tuple(replace(spec, name=io_names(spec.name)[1]) for spec in signature.state),
     )
     weights = {entry: weight for entry, weight in traced.weight_names.items() if entry not in order}
-    stateless = rebuilt(exported, graph_module, ExportGraphSignature(inputs, outputs), order)
+    held_on = {name: value for name, value in exported.state_dict.items() if name not in order}
+    stateless = rebuilt(exported, graph_module, ExportGraphSignature(inputs, outputs), held_on)
     return TracedMethod(explicit, stateless, weights)
 
 
@@ -86,28 +84,3 @@ def move_last(graph: Graph, names: list[str]) -> None:
         last = graph.find_nodes(op="placeholder")[-1]
         if placeholders[name] is not last:
             last.append(placeholders[name])
-
-
-def rebuilt(
-    exported: ExportedProgram, graph_module: GraphModule, signature: ExportGraphSignature, dropped: list[str]
-) -> ExportedProgram:
-    """`exported` around another graph and signature, without the state dict entries `dropped`."""
-    values: Mapping[str, Any] = {n.name: n.meta["val"] for n in graph_module.graph.find_nodes(op="placeholder")}
-    examples = tuple(values[name] for name in signature.user_inputs if isinstance(name, str))
-    calls = copy.deepcopy(exported.module_call_graph)
-    root = calls[0].signature
-    if root is not None:
-        root.in_spec = tree_structure((examples, {}))
-        root.out_spec = tree_structure((0,) * len(signature.user_outputs))
-        root.inputs, root.outputs, root.forward_arg_names = [], [], [str(name) for name in signature.user_inputs]
-    return ExportedProgram(
-        root=graph_module,
-        graph=graph_module.graph,
-        graph_signature=signature,
-        state_dict={name: value for name, value in exported.state_dict.items() if name not in dropped},
-        range_constraints=exported.range_constraints,
-        module_call_graph=calls,
-        example_inputs=(examples, {}),
-        constants=exported.constants,
-        verifiers=[exported.verifier],
-    )

@@ -6,6 +6,7 @@ A weight is [O, K]: O output channels of K inputs each. With groups of G along K
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from quant.scheme import WeightScheme
 
 #: no scale is smaller: it stays above zero in half precision, too, so blocks of zeros divide by nothing that vanishes
 SMALLEST_SCALE = 2.0**-24
+
+#: elements of a weight worked on at once: 4 MiB a temporary
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,22 @@ def pack(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightSche
         scale.squeeze(-1).float(),
         None if zero_point is None else zero_point.squeeze(-1).to(torch.int8),
     )
+
+
+def by_rows(weight_OK: Tensor, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:
+    """What `quantize` makes of [O, K], given some rows at a time: temporaries stay small, and in the cache."""
+    rows = max(1, CHUNK // weight_OK.shape[1])
+    if len(weight_OK) <= rows:
+        return quantize(weight_OK)
+    q, parts = None, []
+    for start in range(0, len(weight_OK), rows):
+        part = quantize(weight_OK[start : start + rows])
+        q = torch.empty(weight_OK.shape, dtype=part.q.dtype) if q is None else q
+        q[start : start + rows] = part.q
+        parts.append(part)
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    assert q is not None
+    return QuantizedWeight(q, torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
 
 
 def round_blocks(blocks_OnG: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme) -> QuantizedWeight:

@@ -9,20 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.algorithms.base import SMALLEST_SCALE, QuantizedWeight, blocks, decode, encode, least_scale, round_blocks
+from quant.algorithms.base import (
+    SMALLEST_SCALE,
+    QuantizedWeight,
+    blocks,
+    by_rows,
+    decode,
+    encode,
+    least_scale,
+    round_blocks,
+)
 from quant.algorithms.inputs import Inputs, importance
 from quant.scheme import WeightScheme
 
 #: scales tried, as parts of the one that just covers a block; zero points are rounded, so a wider one can win, too
 RATIOS = tuple(torch.linspace(1.05, 0.35, 29).tolist())
-CHUNK = 1 << 22  # elements worked on at once: 16 MiB a temporary
 
 
 def quantize(weight_OK: Tensor, scheme: WeightScheme, inputs: Inputs | None = None) -> QuantizedWeight:
     """The weight rounded to the grids that `search` finds. Raises UserError where the group does not divide K."""
-    whole = blocks(weight_OK, scheme.group)
     weights_K = None if inputs is None else importance(inputs)
-    return round_blocks(whole, *search(whole, scheme, weights_K), scheme)
+
+    def rows(some_OK: Tensor) -> QuantizedWeight:
+        whole = blocks(some_OK, scheme.group)
+        return round_blocks(whole, *search(whole, scheme, weights_K), scheme)
+
+    return by_rows(weight_OK, rows)
 
 
 def search(
@@ -34,19 +46,11 @@ def search(
     """
     _, groups, size = blocks_OnG.shape
     weights = torch.ones(1, groups, size) if importance_K is None else importance_K.view(1, groups, size)
-    chunks = blocks_OnG.split(max(1, CHUNK // (groups * size)))
-    found = [search_chunk(chunk, scheme, weights) for chunk in chunks]
-    zeros = [zero for _, zero in found if zero is not None]
-    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
-
-
-def search_chunk(chunk: Tensor, scheme: WeightScheme, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`search` on some output channels."""
-    least, zero = least_scale(chunk, scheme)
+    least, zero = least_scale(blocks_OnG, scheme)
     best, best_error = least, torch.full_like(least, torch.inf)
     for ratio in RATIOS:
         scale = (least * ratio).clamp_min(SMALLEST_SCALE)
-        difference = decode(encode(chunk, scale, zero, scheme), scale, zero).sub_(chunk)
+        difference = decode(encode(blocks_OnG, scale, zero, scheme), scale, zero).sub_(blocks_OnG)
         error = difference.square_().mul_(weights).sum(-1, keepdim=True)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(error, best_error)

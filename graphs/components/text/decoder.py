@@ -157,6 +157,10 @@ class TextDecoder(nn.Module):
         self.norm = norm(config, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def repeated(self) -> nn.ModuleList | None:
+        """The layers, where all are run alike (see `graphs.repeat`)."""
+        return None if self.config.full_layers else self.layers
+
     def hidden(
         self,
         x_BSD: Tensor,

@@ -141,6 +141,10 @@ class ClipVisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.pre_norm else None
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(max(self.selected)))
 
+    def repeated(self) -> nn.ModuleList | None:
+        """The layers, where only the last one's output is selected (see `graphs.repeat`)."""
+        return self.layers if len(self.selected) == 1 else None
+
     def states(self, pixels_BCHW: Tensor) -> Tensor:
         """States [B, T, n * D] of the selected layers, the class token in front."""
         x_BTD = self.embeddings(pixels_BCHW)
@@ -149,8 +153,9 @@ class ClipVisionTower(nn.Module):
         states = [x_BTD]
         for layer in self.layers:
             states.append(layer(states[-1]))
-        chosen = [states[index] for index in self.selected]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+        if len(self.selected) == 1:
+            return states[-1]
+        return torch.cat([states[index] for index in self.selected], dim=-1)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         states_BTD = self.states(pixels_BCHW)
