@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -13,17 +14,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from calibration.source import Calibration
+from export.answers import compare, fault
+from export.matrix_page import ANSWERING
 from export.pipeline import ExportOptions, export
+from export.plan import plan
 from export.stages import peak_rss_bytes, silent
 from export.targets.base import TARGETS, load_target
 from graphs import registry
 from graphs.components.image_text import ImageTextDecoder
 from graphs.compress.passes.prune import RULES
+from graphs.dialogue import EMBEDDING
 from graphs.errors import GateError, UserError
 from graphs.model import Request, load_model, zoo_checkpoints
 from graphs.spec import Dim
 from graphs.trace import count_parameters, trace
 from quant.recipe import names
+from runtimes.manifest import Bundle
 
 #: what goes through every recipe, every pass, and a pass with each shipping recipe
 THOROUGH = (Request("mobilevlm", "mobilevlm-nano"), Request("llava_1_5", "tiny"))
@@ -31,12 +37,18 @@ THOROUGH = (Request("mobilevlm", "mobilevlm-nano"), Request("llava_1_5", "tiny")
 #: of the recipe and the pass that every other row goes through: half of a fixed number of visual tokens, or of any
 RECIPE, PASS, THIN = "mobile-balanced", "prune{{keep={keep},method=divprune}}", "thin{factor=2}"
 
+#: the recipe of bundles whose answers are compared: floats that leave near ties where they are
+PLAIN = "reference-fp32"
+
+#: of text, in the prompts that plans are made for
+PROMPT_TOKENS = 64
+
 TESTS = Path("tests/graphs/architectures")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One rung of one row. `kind`: "published" (L1, L2), "equality" (L3) or "export" (L4, L5)."""
+    """One rung of one row. `kind`: "published" (L1, L2), "plan", "equality" (L3), "answers" or "export" (L4, L5)."""
 
     kind: str
     model: str
@@ -70,6 +82,18 @@ def published(job: Job) -> dict[str, Any]:
         "seconds": time.process_time() - start,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def planned(job: Job) -> dict[str, Any]:
+    """What `vlmx plan` says of a published size: bytes, and the milliseconds of each call on each device it knows."""
+    result = plan(Request(job.model, job.variant), PROMPT_TOKENS, None)
+    devices = {name: device["milliseconds"] for name, device in result["devices"].items()}
+    row = {key: result[key] for key in ("weight_bytes", "kv_cache_bytes")} | {"milliseconds": devices}
+    for name, calls in devices.items():
+        # a table of embeddings computes nothing, and reads but the rows that it is asked for
+        if nothing := [call for call, spent in calls.items() if not 0 < spent < math.inf and EMBEDDING not in call]:
+            return {**row, "failed": f"{', '.join(nothing)}: no time on {name}"}
+    return row if row["weight_bytes"] > 0 else {**row, "failed": "no memory"}
 
 
 def equality(job: Job) -> dict[str, Any]:
@@ -107,21 +131,42 @@ def lowered(job: Job) -> dict[str, Any]:
         }
 
 
+def answered(job: Job) -> dict[str, Any]:
+    """What a bundle answers beside the graph that it was lowered from; what is not the same is a failure."""
+    start = time.perf_counter()
+    with TemporaryDirectory() as scratch:
+        request, out = Request(job.model, job.variant), Path(scratch) / "b"
+        try:
+            bundle = Bundle.open(export(ExportOptions(request, job.target, job.recipe, out=out), silent))
+        except UserError as error:
+            return {"refused": str(error)}
+        answers = compare(bundle)
+    found = {"answers": answers, "seconds": time.perf_counter() - start}
+    why = fault(answers)
+    return {**found, "failed": why} if why else found
+
+
 #: `kind` of a job -> what it runs
-KINDS = {"published": published, "equality": equality, "export": lowered}
+KINDS = {
+    "published": published,
+    "plan": planned,
+    "equality": equality,
+    "answers": answered,
+    "export": lowered,
+}
 
 
 def jobs(models: list[str], variants: list[str] | None) -> Iterator[Job]:
     """Every job of the given models, the cheapest rungs first; `variants` restricts what is lowered."""
     for model in models:
         if variants is None:
-            yield from (
-                Job("published", model, v.name) for v in registry.architecture(model).variants() if v.parameters
-            )
+            sizes = [v.name for v in registry.architecture(model).variants() if v.parameters]
+            yield from (Job(kind, model, name) for kind in ("published", "plan") for name in sizes)
             yield Job("equality", model)
     requests = [request for model in models for request in small(model)]
     for request in requests:
         if variants is None or request.variant in variants:
+            yield from (Job("answers", request.model, str(request.variant), t, "", PLAIN) for t in ANSWERING)
             for passes, recipe in grid(request):
                 yield from (Job("export", request.model, str(request.variant), t, passes, recipe) for t in TARGETS)
 

@@ -8,10 +8,17 @@ from datetime import date
 from importlib.metadata import version
 from typing import Any
 
+from export.answers import LIMIT, NEW_TOKENS
 from export.gate import words
 from export.targets.base import TARGETS
 
+#: where answers are compared: targets that run on any machine
+ANSWERING = ("onnxruntime", "executorch")
+
 PACKAGES = ("torch", "onnxruntime", "executorch", "coremltools", "tensorrt-rtx-cu13", "transformers")
+
+#: the device whose milliseconds the page shows
+DEVICE = "jetson-agx-orin-64"
 
 Row = dict[str, Any]
 
@@ -21,6 +28,8 @@ def page(rows: Sequence[Row], command: str, left: int) -> str:
     exports = [row for row in rows if row["kind"] == "export"]
     written = sum("lower" in row for row in exports)
     refused, failed = (sum(why in row for row in exports) for why in ("refused", "failed"))
+    plans = [row for row in rows if row["kind"] == "plan"]
+    devices = len(next((row["milliseconds"] for row in plans if "milliseconds" in row), {}))
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     lines = [
         "# What works, and how far a lowered graph is from its source",
@@ -28,8 +37,9 @@ def page(rows: Sequence[Row], command: str, left: int) -> str:
         "L1: parameters of published sizes within 1% of the published count. L2: every method of those sizes traced on "
         "fake tensors. L3: tests against transformers' implementation on random checkpoints. L4: the `tiny` variant on "
         "each target, checked against its graph. L5: the same with a compression pass (where pictures are read by "
-        "cross-attention alone: without) and a quantizing recipe. A blank was not run or is refused by name below; "
-        "TensorRT engines are built, not executed.",
+        "cross-attention alone: without) and a quantizing recipe. Answers: what a bundle of the `tiny` variant says, "
+        "asked as `vlmx run` asks it, is what its graph says by torch. Plan: `vlmx plan` of every published size. A "
+        "blank was not run or is refused by name below; TensorRT engines are built, not executed.",
         "",
         *ladder(rows),
         "",
@@ -49,11 +59,31 @@ def page(rows: Sequence[Row], command: str, left: int) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *map(line, exports),
         "",
+        "## Answers",
+        "",
+        "Each bundle in fp32 against the eager graph of its source. Decoders: the same "
+        f"{NEW_TOKENS} greedy tokens for each prompt, and the relative L2 of all their logits. Others: the relative L2 "
+        f"of each output for two pictures and three texts, {LIMIT:g} at most. Random weights have no tokenizer: bytes "
+        "stand in for one.",
+        "",
+        "| model | variant | target | answers | seconds |",
+        "|---|---|---|---|---|",
+        *(answer_line(row) for row in rows if row["kind"] == "answers"),
+        "",
         "## Published sizes, on fake tensors",
         "",
         "| model | variant | parameters | published | difference | methods traced | seconds |",
         "|---|---|---|---|---|---|---|",
         *(size_line(row) for row in rows if row["kind"] == "published"),
+        "",
+        "## Plans",
+        "",
+        f"`vlmx plan` of every published size in fp16: bytes of weights and cache, and the roofline of each call on "
+        f"{DEVICE}, one of {devices} devices.",
+        "",
+        "| model | variant | weights MiB | cache MiB | milliseconds |",
+        "|---|---|---|---|---|",
+        *map(plan_line, plans),
         "",
         f"Made by `{command}` on {date.today()}: Python {platform.python_version()}, {versions}.",
         "",
@@ -63,18 +93,22 @@ def page(rows: Sequence[Row], command: str, left: int) -> str:
 
 def ladder(rows: Sequence[Row]) -> list[str]:
     """One line a model: the rungs that it stands on."""
-    heads = ["L1", "L2", "L3", *(f"L4 {target}" for target in TARGETS), *(f"L5 {target}" for target in TARGETS)]
+    columns = (("L4", TARGETS), ("L5", TARGETS), ("answers", ANSWERING))
+    heads = ["L1", "L2", "L3", *(f"{name} {target}" for name, targets in columns for target in targets), "plan"]
     lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         sizes = [row for row in mine if row["kind"] == "published"]
         exports = [row for row in mine if row["kind"] == "export"]
+        answers = [row for row in mine if row["kind"] == "answers"]
         cells = [
             rung(sizes, lambda row: abs(row["parameters"] / row["catalogue"] - 1) <= 0.01),
             rung(sizes, lambda row: row["methods"] > 0),
             rung([row for row in mine if row["kind"] == "equality"], lambda row: "files" in row),
             *(rung([r for r in exports if r["target"] == t and not quantized(r)], passed) for t in TARGETS),
             *(rung([r for r in exports if r["target"] == t and quantized(r)], passed) for t in TARGETS),
+            *(rung([r for r in answers if r["target"] == t], lambda row: "answers" in row) for t in ANSWERING),
+            rung([row for row in mine if row["kind"] == "plan"], lambda row: "milliseconds" in row),
         ]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return lines
@@ -128,3 +162,29 @@ def size_line(row: Row) -> str:
         f"{head} {row['parameters']:,} | {row['catalogue']:,} | {difference:+.2f}% | {row['methods']} | "
         f"{row['seconds']:.1f} |"
     )
+
+
+def answer_line(row: Row) -> str:
+    """One bundle's answers of the table."""
+    head = f"| {row['model']} | {row['variant']} | {row['target']} |"
+    for why in ("failed", "refused"):
+        if why in row:
+            return f"{head} {why.upper() if why == 'failed' else why}: {row[why]} | |"
+    return f"{head} {'; '.join(map(answer_words, row['answers']))} | {row['seconds']:.0f} |"
+
+
+def answer_words(found: Row) -> str:
+    """One prompt, or one output, of a bundle's answers."""
+    if "refused" in found:
+        return f"{found['prompt']}: not taken ({found['refused']})"
+    said = f"{found['prompt']}: the same" if "prompt" in found else found["output"]
+    return f"{said} {found['relative_l2']:.1e}"
+
+
+def plan_line(row: Row) -> str:
+    """One published size's plan of the table."""
+    head = f"| {row['model']} | {row['variant']} |"
+    if "failed" in row:
+        return f"{head} FAILED: {row['failed']} | | |"
+    spent = "; ".join(f"{call} {ms:.3g}" for call, ms in row["milliseconds"][DEVICE].items())
+    return f"{head} {row['weight_bytes'] / 2**20:,.1f} | {row['kv_cache_bytes'] / 2**20:,.1f} | {spent} |"

@@ -70,19 +70,24 @@ class Session:
     context: int
 
     @classmethod
-    def open(cls, bundle: Bundle, runtime: str | None = None) -> Session:
-        """Raises UserError where the bundle takes tensors only, is no decoder, or cannot run here."""
+    def open(cls, bundle: Bundle, runtime: str | None = None, stand_in: Tokenizer | None = None) -> Session:
+        """`stand_in` serves where the bundle has no tokenizer.
+
+        Raises UserError where the bundle takes tensors only, is no decoder, or cannot run here.
+        """
         prompt = bundle.manifest["prompt"]
-        tokenizer = load_tokenizer(bundle.directory)
+        own = load_tokenizer(bundle.directory)
+        tokenizer = own or stand_in
         if tokenizer is None:
             raise UserError(f"{bundle.directory} has no tokenizer: it takes tensors only (see `vlmx verify`)")
         if prompt["template"] is None:
             raise UserError(f"{bundle.directory} takes no prompts: {bundle.manifest['architecture']} is no decoder")
+        processor = from_json(prompt["image"]) if prompt["image"] else None
         return cls(
             open_runtime(bundle, runtime),
             tokenizer,
             PromptTemplate(**{key: tuples(value) for key, value in prompt["template"].items()}),
-            from_json(prompt["image"]).beside(bundle.directory) if prompt["image"] else None,
+            processor.beside(bundle.directory) if processor and own else processor,
             prompt["context"],
         )
 

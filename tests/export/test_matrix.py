@@ -10,7 +10,7 @@ import pytest
 
 from export import matrix
 from export.matrix_jobs import THOROUGH, Job, jobs
-from export.matrix_page import ladder, page
+from export.matrix_page import DEVICE, ladder, page
 from graphs.compress.passes.prune import RULES
 from quant.recipe import names
 
@@ -30,7 +30,7 @@ def test_thorough_rows_go_through_every_recipe_and_pass_on_every_target() -> Non
     found = list(jobs([request.model], [str(request.variant)]))
     assert len({job.key for job in found}) == len(found)
     for target in ("coreml", "executorch", "onnxruntime", "tensorrt"):
-        mine = [job for job in found if job.target == target]
+        mine = [job for job in found if job.target == target and job.kind == "export"]
         assert {job.recipe for job in mine if not job.passes} == {"", *names()}
         assert len({job.passes for job in mine} - {""}) == 6 + len(RULES)
         together = {job.recipe for job in mine if job.passes and job.recipe}
@@ -39,7 +39,9 @@ def test_thorough_rows_go_through_every_recipe_and_pass_on_every_target() -> Non
 
 def test_other_rows_are_published_compared_and_lowered() -> None:
     found = list(jobs(["clip"], None))
-    assert [job.kind for job in found] == ["published"] * 4 + ["equality"] + ["export"] * 4
+    kinds = [job.kind for job in found]
+    assert kinds == ["published"] * 4 + ["plan"] * 4 + ["equality"] + ["answers"] * 2 + ["export"] * 4
+    assert [job.target for job in found if job.kind == "answers"] == ["onnxruntime", "executorch"]
 
 
 def test_decoders_are_quantized_too_and_pruned_where_their_tokens_can_be() -> None:
@@ -58,6 +60,14 @@ def test_a_published_size_is_counted_and_traced() -> None:
     assert row["methods"] == 3
 
 
+def test_a_published_size_is_planned() -> None:
+    row = Job("plan", "clip", "clip-vit-b-32").run()
+    assert row["weight_bytes"] == 2 * 151_277_313
+    assert row["kv_cache_bytes"] == 0
+    assert {"image_encoder", "text_encoder", "similarity"} <= row["milliseconds"]["iphone-15-pro"].keys()
+    assert "failed" not in row
+
+
 def test_rungs_are_yes_some_or_blank() -> None:
     lower = {"image_encoder": {"executed": True, "relative_l2": 1e-7}}
     rows = [
@@ -67,11 +77,15 @@ def test_rungs_are_yes_some_or_blank() -> None:
         export_row("onnxruntime", lower=lower),
         export_row("executorch", failed="off by 3"),
         export_row("onnxruntime", "pool{factor=2}", refused="no grid"),
+        {**vars(Job("answers", "clip", "tiny", "executorch")), "answers": []},
+        {**vars(Job("answers", "clip", "tiny-b", "executorch")), "answers": [], "failed": "token 3 is 5"},
+        {"kind": "plan", "model": "clip", "milliseconds": {}},
     ]
     found = cells(rows)
     assert (found["L1"], found["L2"], found["L3"]) == ("1 of 2", "yes", "")
     assert (found["L4 onnxruntime"], found["L4 executorch"], found["L4 coreml"]) == ("yes", "0 of 1", "")
     assert found["L5 onnxruntime"] == ""
+    assert (found["answers onnxruntime"], found["answers executorch"], found["plan"]) == ("", "1 of 2", "yes")
 
 
 def test_rows_of_other_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +104,11 @@ def test_results_are_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
     def attempt(job: Job) -> dict[str, Any]:
         asked.append(job.key)
         why = {"failed": "broken"} if job.kind == "equality" and len(asked) < 5 else {"refused": "not asked for"}
-        sizes = {"parameters": 100, "catalogue": 100, "methods": 1, "seconds": 1.0}
-        return {"key": job.key, **vars(job), **(sizes if job.kind == "published" else why)}
+        found = {
+            "published": {"parameters": 100, "catalogue": 100, "methods": 1, "seconds": 1.0},
+            "plan": {"weight_bytes": 200, "kv_cache_bytes": 0, "milliseconds": {DEVICE: {}}},
+        }
+        return {"key": job.key, **vars(job), **found.get(job.kind, why)}
 
     monkeypatch.setattr(matrix, "attempt", attempt)
     arguments = ["--models", "siglip", "--out", str(tmp_path), "--resume", "--workers", "1"]
@@ -115,3 +132,21 @@ def test_the_page_counts_and_names_reasons() -> None:
     assert "2 exports: 0 written, 1 refused by name, 1 failed; 3 jobs were not run" in text
     assert "refused: takes no bfloat16" in text
     assert "FAILED: off" in text
+
+
+def test_the_page_tells_answers_and_plans() -> None:
+    said = {"prompt": "a picture", "tokens": [1, 2], "relative_l2": 4e-7}
+    plan = {"weight_bytes": 2**21, "kv_cache_bytes": 2**20, "milliseconds": {DEVICE: {"text_decoder (one token)": 2.5}}}
+    rows = [
+        {
+            **vars(Job("answers", "aria", "tiny", "onnxruntime")),
+            "answers": [said, {"prompt": "no picture", "refused": "a picture is needed"}],
+            "seconds": 9.0,
+        },
+        {**vars(Job("answers", "aria", "tiny", "executorch")), "failed": "a picture: token 3 is 5, not 7"},
+        {**vars(Job("plan", "aria", "aria-25b")), **plan},
+    ]
+    text = page(rows, "make", 0)
+    assert "| a picture: the same 4.0e-07; no picture: not taken (a picture is needed) | 9 |" in text
+    assert "| FAILED: a picture: token 3 is 5, not 7 | |" in text
+    assert "| aria | aria-25b | 2.0 | 1.0 | text_decoder (one token) 2.5 |" in text
