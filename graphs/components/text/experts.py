@@ -36,8 +36,9 @@ class RoutedExperts(nn.Module):
     def shares(self, x_BSD: Tensor) -> Tensor:
         """How much each expert counts [B, S, E]: a softmax over the chosen ones, 0 for the others."""
         scores_BSE = self.router(x_BSD)
-        least_BS1 = torch.topk(scores_BSE, self.chosen, dim=-1).values[..., -1:]
-        return torch.softmax(torch.where(scores_BSE >= least_BS1, scores_BSE, MASKED), dim=-1)
+        # By index: a score at the edge may differ from its own value among the highest, where a runtime rounds but one.
+        chosen_BSkE = torch.topk(scores_BSE, self.chosen, dim=-1).indices.unsqueeze(-1) == torch.arange(self.experts)
+        return torch.softmax(torch.where(chosen_BSkE.any(-2), scores_BSE, MASKED), dim=-1)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         hidden_BSEI = (F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD)).unflatten(-1, (self.experts, -1))
