@@ -127,7 +127,7 @@ class Dialogue:
     carried: dict[str, Array] = field(default_factory=dict)
 
     def embed(self, segments: Sequence[Segment]) -> Read:
-        """Encode pictures, each once, and embed text. Raises UserError for an empty prompt."""
+        """Encode pictures, each once, and embed text. Raises UserError for an empty prompt, or too many pictures."""
         if self.start and ENCODER not in self.caller.signatures:
             segments = [list(self.start), *segments]
         parts: list[Array] = []
@@ -174,10 +174,21 @@ class Dialogue:
         if not parts:
             raise UserError("the prompt is empty")
         carried = {name: np.concatenate(values, axis=-2) for name, values in given.items()}
+        self.check_carried({name: len(values) for name, values in given.items()}, carried)
         whole_1SD = np.concatenate(parts, 1)
         span_S2 = spans(whole_1SD.shape[1], places)
         ids = tuple(token for segment in segments if isinstance(segment, list) for token in segment)
         return Read(whole_1SD, np.concatenate(images), np.concatenate(ropes, 1), carried, span_S2, ids)
+
+    def check_carried(self, pictures: Mapping[str, int], carried: Mapping[str, Array]) -> None:
+        """Raise UserError where pictures give more keys together than a method takes; their number by output's name."""
+        readers = [self.caller.signatures[name] for name in (ENCODER, DECODER) if name in self.caller.signatures]
+        for spec in (spec for signature in readers for spec in signature.inputs if spec.name in carried):
+            size, found = spec.shape[-2], carried[spec.name].shape[-2]
+            most = size if isinstance(size, int) else size.max
+            if found > most:
+                fit = most * pictures[spec.name] // found
+                raise UserError(f"the prompt has {pictures[spec.name]} pictures; this model reads {fit} at the most")
 
     def prefill(self, prompt: Read) -> Array:
         """The logits [V] of the token after the prompt, read by a decoder whose cache is empty."""

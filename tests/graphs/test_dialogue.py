@@ -98,6 +98,15 @@ def test_what_pictures_give_for_cross_attention_is_carried_along() -> None:
         assert given["cross_keys"][0, 0, :, 0].tolist() == [7, 7, 7, 7, 8, 8, 8]
 
 
+@pytest.mark.parametrize(("most", "fit"), [(4, 1), (Dim("keys", 4, 11), 2)])
+def test_more_pictures_than_cross_attention_takes_are_refused(most: int | Dim, fit: int) -> None:
+    caller = Recording((KEYS,), (EMBEDS, TensorSpec("cross_keys", (1, 1, most, 2))))
+    pictures = [np.full((4, 2), float(value), np.float32) for value in range(3)]
+    assert Dialogue(caller).embed([[1], *pictures[:fit]]).carried["cross_keys"].shape[-2] == 4 * fit
+    with pytest.raises(UserError, match=f"the prompt has 3 pictures; this model reads {fit} at the most"):
+        Dialogue(caller).embed([[1], *pictures])
+
+
 def test_an_encoder_reads_the_prompt_and_the_answer_begins_with_given_ids() -> None:
     caller = Recording([IMAGE], [EMBEDS, POSITION, KEYS], encoder=True)
     dialogue = Dialogue(caller, start=(2, 0))
