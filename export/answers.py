@@ -49,15 +49,15 @@ class Ask:
 
 
 def asks() -> list[Ask]:
-    """Held-out pictures and questions of the zoo: one as it is, one of another shape, two at once, none.
+    """Held-out pictures and questions of the zoo: a square one, one of another shape, two at once, none.
 
-    Two are small: where more pixels are more tokens, the shortest contexts hold them.
+    All are small: where more pixels are more tokens, the shortest contexts hold them.
     """
     one, other = zoo_samples(2, seed=11)
     (square,), (again,) = one.images, other.images
     return [
-        Ask("a picture", one.question, (square,)),
-        Ask("another size", other.question, (again.resize((90, 40)),)),
+        Ask("a picture", one.question, (square.resize((64, 64)),)),
+        Ask("another size", other.question, (again.resize((72, 32)),)),
         Ask("two pictures", one.question, (square.resize((40, 24)), again.resize((28, 32)))),
         Ask("no picture", other.question),
     ]
