@@ -89,7 +89,7 @@ class Fuyu(ImageTextDecoder):
                     "num_attention_heads": 4,
                     "num_key_value_heads": 4,
                     "vocab_size": 256,
-                    "max_position_embeddings": 96,
+                    "max_position_embeddings": 192,
                 }
             ),
             FAMILIES["persimmon"],
