@@ -151,7 +151,7 @@ def tiny(architecture: type[Idefics3]) -> Variant:
     vision = ClipVisionConfig(
         64, 128, 2, 4, 48, 8, "gelu_pytorch_tanh", 1e-6, class_token=False, patch_bias=True, pre_norm=False
     )
-    text = TextConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=160)
+    text = TextConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=256)
     return Variant("tiny", architecture(vision, text, processor=SplittingProcessor(48, 9, 96)))
 
 

@@ -80,7 +80,7 @@ class Pixtral(ImageTextDecoder):
     @classmethod
     def variants(cls) -> tuple[Variant, ...]:
         nemo = TextConfig(5120, 14336, 40, 32, 8, 131072, 1024000, head_dim=128, rms_norm_eps=1e-5, rope_theta=1e9)
-        tiny_text = TextConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=96)
+        tiny_text = TextConfig(64, 128, 2, 4, 2, 256, max_position_embeddings=128)
         return (
             Variant("tiny", cls(PixtralVisionConfig(64, 128, 2, 4, 48, 8), tiny_text)),
             Variant(

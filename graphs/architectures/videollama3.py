@@ -81,7 +81,7 @@ class VideoLlama3(ImageTextDecoder):
         vision = tower(1152, 4304, 27, 16, 14)
         two = replace(FAMILIES["qwen2"], **sizes(1536, 8960, 28, 12, 2, 151936), tie_word_embeddings=True)
         seven = replace(FAMILIES["qwen2"], **sizes(3584, 18944, 28, 28, 4, 152064))
-        tiny_text = replace(FAMILIES["qwen2"], **sizes(64, 128, 2, 4, 2, 256), max_position_embeddings=128)
+        tiny_text = replace(FAMILIES["qwen2"], **sizes(64, 128, 2, 4, 2, 256), max_position_embeddings=192)
         tiny_pictures = replace(
             PROCESSOR, patch_size=4, min_pixels=64, max_pixels=1024, video_min_pixels=256, video_max_pixels=4096
         )
