@@ -6,7 +6,7 @@ module that only runs its layers one after the other says so by a method `repeat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,8 @@ def stacks(root: nn.Module) -> list[Stack]:
     """The stacks of `root` of which layers can be left out."""
     found = []
     for module in root.modules():
-        layers: nn.ModuleList | None = module.repeated() if hasattr(module, "repeated") else None
+        repeated: Callable[[], nn.ModuleList | None] | None = getattr(module, "repeated", None)
+        layers = repeated() if repeated is not None else None
         if layers is not None and len(layers) > TRACED + 1 and len({shape(layer) for layer in layers}) == 1:
             found.append(Stack(layers, dict(layers.named_children())))
     return found
@@ -81,13 +82,16 @@ def grown(exported: ExportedProgram, root: nn.Module, found: list[Stack]) -> Exp
 
 
 def grow(module: fx.GraphModule, place: str, stack: Stack) -> bool:
-    """Put copies of the stack's second layer behind it; whether its graph is a layer's: one value in, one out."""
+    """Put copies of the stack's second layer behind it; whether it could be: it alone reads what the first one gave."""
     graph = module.graph
-    template = f"{place}.{list(stack.held)[TRACED - 1]}"
-    layer = next((layer for layer in stacked(graph) if layer.path == template), None)
-    if layer is None:
-        return False
+    before, template = (f"{place}.{name}" for name in list(stack.held)[TRACED - 2 : TRACED])
+    layers = {layer.path: layer for layer in stacked(graph)}
     owner = owners(graph)
+    if not {before, template} <= layers.keys() or layers[template].given is not layers[before].made:
+        return False
+    if any(owner.get(user) != template for user in layers[before].made.users):
+        return False
+    layer = layers[template]
     nodes = [node for node in graph.nodes if owner.get(node) == template]
     writes = [node for node in graph.nodes if node.target is WRITES and owner.get(node.args[1]) == template]
     read = dict.fromkeys(n for node in (*nodes, *writes) for n in node.all_input_nodes if n.op == "get_attr")

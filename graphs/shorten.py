@@ -16,12 +16,15 @@ from graphs.stack import owners, stacked
 
 
 def superfluous(program: Program) -> dict[str, tuple[str, ...]]:
-    """By method, the paths of the layers that are like another one: all of a kind but the one in its middle."""
+    """By method, the paths of the layers that are like another one: all of a stack's kind but its middle one."""
     found = {}
     for method in program:
-        kinds: dict[str, list[str]] = {}
+        kinds: dict[tuple[int, str], list[str]] = {}
+        stack, made = 0, None
         for layer in stacked(Opened.open(program, method).graph):
-            kinds.setdefault(layer.kind, []).append(layer.path)
+            stack += layer.given is not made
+            made = layer.made
+            kinds.setdefault((stack, layer.kind), []).append(layer.path)
         found[method] = tuple(p for paths in kinds.values() for i, p in enumerate(paths) if i != len(paths) // 2)
     return found
 

@@ -67,6 +67,8 @@ def stacked(graph: fx.Graph) -> list[Stacked]:
     found = []
     for path, nodes in members.items():
         inside = set(nodes)
+        if not any(n.op == "get_attr" for node in nodes for n in node.all_input_nodes):
+            continue  # an activation among numbered modules: nothing would be saved
         leaving = [n for n in nodes if any(user not in inside and user.target is not WRITES for user in n.users)]
         if len(leaving) != 1:
             continue
