@@ -90,6 +90,14 @@ def infer(module: fx.GraphModule) -> None:
                 node.meta["val"] = node.target(*args, **kwargs)
 
 
+def place(graph: fx.Graph) -> None:
+    """Say of nodes that do not come from a module that they come from where they are first read."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.meta.get("nn_module_stack"):
+            stacks = (user.meta.get("nn_module_stack") for user in node.users)
+            node.meta["nn_module_stack"] = next((stack for stack in stacks if stack), {})
+
+
 def lift(exported: ExportedProgram, module: fx.GraphModule) -> ExportedProgram | None:
     """`module`, a changed copy of `exported.module()`, as an ExportedProgram; None where it has to be traced.
 
@@ -105,6 +113,7 @@ def lift(exported: ExportedProgram, module: fx.GraphModule) -> ExportedProgram |
     if len(held) < len(read):
         return None
     infer(module)
+    place(module.graph)
     values = {str(node.target): node.meta["val"] for node in module.graph.find_nodes(op="get_attr")}
 
     graph = fx.Graph()

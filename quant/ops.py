@@ -17,11 +17,6 @@ INT8_MIN, INT8_MAX = -128, 127
 TINY = 1e-10
 
 
-def spread(x: Tensor, group: int) -> Tensor:
-    """A scale [..., K/G] to every element of its group: [..., K]; unchanged without groups."""
-    return x.repeat_interleave(group, dim=-1) if group else x
-
-
 @custom_op("vlmx::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int) -> Tensor:
     """(q - zero_point) * scale in the dtype of `scale`.
@@ -29,10 +24,12 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, g
     `q` int8 within [-2^(bits-1), 2^(bits-1)), or float8; `scale` and `zero_point` (int8) broadcast against it, or, with
     `group` G, have one entry for G elements of the last axis.
     """
-    value = q.to(scale.dtype)
-    if zero_point is not None:
-        value = value - spread(zero_point.to(scale.dtype), group)
-    return value * spread(scale, group)
+    value = q.to(scale.dtype)  # the only temporary: heads have hundreds of millions of weights
+    blocks = value.unflatten(-1, (-1, group)) if group else value
+    for part, change in ((zero_point, blocks.sub_), (scale, blocks.mul_)):
+        if part is not None:
+            change(part.to(value.dtype).unsqueeze(-1) if group else part.to(value.dtype))
+    return value
 
 
 @dequantize.register_fake
