@@ -62,6 +62,10 @@ class NamedWeights(Mapping[str, Tensor], ABC):
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor in the dtype that it is kept in, where possible without a copy: to be read, and released."""
+        return self[name]
+
     def release(self, name: str) -> None:
         """The caller is done with a tensor: memory that backs it may go. Reading it again is allowed."""
         return
@@ -159,18 +163,28 @@ class Weights(NamedWeights):
 
     def __getitem__(self, name: str) -> Tensor:
         """The value of a parameter. Raises: UserError naming a tensor that holds NaN or Inf or overflows the cast."""
-        source = self.mapping[name]
-        stored = source.read(self.checkpoint.tensor)
+        stored = self.mapping[name].read(self.checkpoint.tensor)
         value = stored.to(self.dtype) if self.dtype is not None and stored.is_floating_point() else stored
         value = value.contiguous()
-        if not self.checkpoint.allow_nan and not _finite(value):
-            where = f"{self.origin}: tensor '{shown(' + '.join(map(self.checkpoint.stored, source.keys)))}'"
-            if _finite(stored.float()):
-                raise UserError(f"{where} has values beyond the range of {_plain(value.dtype)}")
-            raise UserError(f"{where} holds NaN or Inf; --allow-nan reads it all the same")
+        self._check_finite(name, stored, value)
         if value.data_ptr() != stored.data_ptr():
             self.release(name)  # a copy was made, so the file's pages need not stay resident
         return value
+
+    def stored(self, name: str) -> Tensor:
+        """As `[name]`, but not cast. Raises: UserError as that does."""
+        stored = self.mapping[name].read(self.checkpoint.tensor)
+        self._check_finite(name, stored, stored)
+        return stored
+
+    def _check_finite(self, name: str, stored: Tensor, value: Tensor) -> None:
+        """Raise UserError where `value`, the parameter `name`, holds NaN or Inf, as `stored` or since it was cast."""
+        if not self.checkpoint.allow_nan and not _finite(value):
+            keys = self.mapping[name].keys
+            where = f"{self.origin}: tensor '{shown(' + '.join(map(self.checkpoint.stored, keys)))}'"
+            if _finite(stored.float()):
+                raise UserError(f"{where} has values beyond the range of {_plain(value.dtype)}")
+            raise UserError(f"{where} holds NaN or Inf; --allow-nan reads it all the same")
 
     def release(self, name: str) -> None:
         for key in self.mapping[name].keys:

@@ -120,15 +120,20 @@ class Quantization:
         source = program.methods[layer.method].weight_names[layer.entry]
         name = f"{source}:{scheme}:{rule.scales}"
 
+        def compute() -> Mapping[str, Tensor]:
+            made = self.quantized(program.stored(*key), layer, scheme, rule.scales)
+            program.release(*key)
+            return made
+
         def weight() -> Mapping[str, Tensor]:
-            return self.kept.get(name, lambda: self.quantized(program.tensor(*key), layer, scheme, rule.scales))
+            return self.kept.get(name, compute)
 
         return Choice(scheme, name, weight, *self.ranges(layer, scheme))
 
     def quantized(self, weight: Tensor, layer: Layer, scheme: Scheme, scales: str) -> Mapping[str, Tensor]:
         """The parts of one layer's weight: integers and scales in the shapes that `insert.part_shapes` declares."""
         inputs = self.inputs(layer)
-        matrix = weight.float().flatten(1)
+        matrix = weight.flatten(1)
         if scheme.weights.kind == "palette":
             found = palette(matrix, scheme.weights.bits, inputs=inputs)
             return {"index": found.index.view(weight.shape), "table": found.table}

@@ -9,6 +9,7 @@ from torch import nn
 
 from graphs.program import Program
 from runtimes.base import Array
+from runtimes.light import lighten
 
 
 class EagerRuntime:
@@ -30,6 +31,7 @@ class EagerRuntime:
         """What computes a method."""
         if method not in self._modules:
             self._modules[method] = self._program.module(method)
+            lighten(self._modules[method])
         return self._modules[method]
 
     def reset(self) -> None:

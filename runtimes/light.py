@@ -1,0 +1,44 @@
+"""Large quantized linear layers of a graph run some rows at a time: a vocabulary's head is never whole in floats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from quant import ops
+
+#: elements of a weight from which on it is dequantized in parts, and of a part
+LARGE, PART = 1 << 25, 1 << 22
+
+LINEAR = torch.ops.aten.linear.default
+
+
+def linear_by_rows(
+    x: Tensor, q_OK: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group: int, bias_O: Tensor | None
+) -> Tensor:
+    """x [..., K] through the layer whose weight is `vlmx::dequantize` of the other operands: [..., O]."""
+    rows = max(1, PART // q_OK.shape[1])
+    made = []
+    for start in range(0, len(q_OK), rows):
+        some = slice(start, start + rows)
+        zero = None if zero_point is None else zero_point[some]
+        weight = ops.dequantize(q_OK[some], scale[some], zero, bits, group)
+        made.append(F.linear(x, weight, None if bias_O is None else bias_O[some]))
+    return torch.cat(made, -1)
+
+
+def lighten(module: nn.Module) -> None:
+    """Have the large layers of an unlifted graph run by rows, in place. Results may differ in their last bits."""
+    if not isinstance(module, fx.GraphModule):
+        return
+    for node in module.graph.find_nodes(op="call_function", target=LINEAR):
+        x, weight, *bias = node.args
+        if weight.target is not ops.dequantize._opoverload or weight.meta["val"].numel() < LARGE:
+            continue
+        with module.graph.inserting_before(node):
+            made = module.graph.call_function(linear_by_rows, (x, *weight.args, bias[0] if bias else None))
+        node.replace_all_uses_with(made)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
