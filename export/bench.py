@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.stages import Progress, peak_rss_bytes, reset_peak
+from export.memory import peak_rss_bytes, reset_peak
+from export.stages import Progress
 from graphs.dialogue import Segment
 from graphs.errors import UserError
 from graphs.preprocess.picture import View, from_json

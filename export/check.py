@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from export.gate import Limit, execute
-from export.sample import Sample
+from export.sample import Sample, lower_part
 from export.stability import MOST
 from export.stages import Progress
 from export.targets.base import LowerOptions, load_target
@@ -46,7 +46,8 @@ def verify_bundle(directory: Path, progress: Progress) -> dict[str, dict[str, An
         artifact = bundle.artifact
         if sample.without:
             given = LowerOptions(str(bundle.manifest["quantization"]["floats"]), recorded_limits(bundle))
-            artifact, _ = sample.lowered(load_target(bundle.target), rebuild(bundle), given, Path(scratch))
+            part = rebuild(bundle, sample.of)
+            artifact, _ = lower_part(load_target(bundle.target), part, given, Path(scratch))
         vectors = load_vectors(inside(directory, VECTORS), artifact.signatures)
         try:
             runtime = load_runtime(bundle.target, artifact)

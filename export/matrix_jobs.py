@@ -16,9 +16,10 @@ from typing import Any
 from calibration.source import Calibration
 from export.answers import compare, fault
 from export.matrix_page import ANSWERING
+from export.memory import peak_rss_bytes
 from export.pipeline import ExportOptions, export
 from export.plan import plan
-from export.stages import peak_rss_bytes, silent
+from export.stages import silent
 from export.targets.base import TARGETS, load_target
 from graphs import registry
 from graphs.components.image_text import ImageTextDecoder

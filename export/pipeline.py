@@ -16,7 +16,7 @@ import torch
 from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
 from export.gate import Limit, execute, words
-from export.sample import Sample, check_verify
+from export.sample import Sample, check_verify, lower_part
 from export.stability import trial
 from export.stages import Progress, Stages, to_stderr
 from export.targets.base import Lowered, LowerOptions, Target, load_target
@@ -28,7 +28,7 @@ from export.verify import (
     declared,
     inputs_of,
     program_signatures,
-    record,
+    record_eager,
     save_vectors,
     seeded_inputs,
 )
@@ -43,7 +43,6 @@ from quant.apply import Quantization
 from quant.recipe import recipe
 from quant.resolve import resolve
 from runtimes.base import Artifact, Unavailable, load_runtime
-from runtimes.eager import EagerRuntime
 from runtimes.manifest import SCHEMA, VECTORS, signature_to_json
 
 STAGES = ("load", "trace", "compress", "calibrate", "quantize", "lower", "verify", "publish")
@@ -78,7 +77,7 @@ def compress_record(compressed: Program, source: Program, changed: Sequence[str]
     before, after = ({name: program.methods[name].signature for name in changed} for program in (source, compressed))
     given = seeded_inputs(after)
     plain = {name: [declared(call, before[name].inputs) for call in calls] for name, calls in given.items()}
-    actual, expected = record(EagerRuntime(compressed), given), record(EagerRuntime(source), plain)
+    actual, expected = record_eager(compressed, given), record_eager(source, plain)
     actual = {
         name: [Call(call.inputs, declared(call.outputs, before[name].outputs)) for call in calls]
         for name, calls in actual.items()
@@ -196,22 +195,27 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             legal = target.legalize(program)
             legal.check()
             sample = Sample.choose(source, program, options.verify)
-            part, unrounded = sample.of(program), sample.of(rounded)
+            before, unrounded, part = compressed, rounded, program
+            if sample.without:
+                before = sample.of(compressed)
+                again = quantization.on(before)
+                unrounded = again.rounded(before)
+                part = again.cast(unrounded)
             checks = trial(resolved, table.limit(resolved.floats, resolved.quantized), unrounded, part)
             expected, metadata = checks.expected, {**prompt, "variant": model.variant}
             given = LowerOptions(
                 resolved.floats, checks.limits, checks.seed, metadata, options.extra, not sample.without, say
             )
             lowered = target.lower(legal, directory, given)
+            quantization.forget()
         with stages("verify", f"{sample}, against the source graph") as say:
-            before = sample.of(compressed)
-            unquantized = None if program is compressed else record(EagerRuntime(before), inputs_of(expected))
+            unquantized = None if program is compressed else record_eager(before, inputs_of(expected))
             quantize = compare(expected, unquantized) if unquantized else None
             changed = [name for name in source if compressed.methods[name] is not source.methods[name]]
-            compress = compress_record(before, sample.of(source), changed)
+            compress = compress_record(before, before if source is compressed else sample.of(source), changed)
             artifact = artifact_of(program, lowered, directory)
             with TemporaryDirectory(prefix=".sample-", dir=directory) as scratch:
-                run = sample.lowered(target, program, given, Path(scratch)) if sample.without else (artifact, lowered)
+                run = lower_part(target, part, given, Path(scratch)) if sample.without else (artifact, lowered)
                 lower = verify_lowered(options.target, *run, expected, checks.limits)
             for name, entry in lower.items():
                 say(f"{name}: {describe(entry)}")

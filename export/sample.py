@@ -2,8 +2,9 @@
 
 Running the whole takes several times its weights in memory and a forward pass in torch; that is what makes exports of
 large models slow elsewhere. A sample has the same methods, passes, numbers and converters, and real weights:
-embeddings, projector, heads, and of each stack one layer of every kind that is in it (kinds differ in operators, shapes
-and schemes). It is lowered and run besides: what the whole has in common with it was put there by the same code.
+projector, the first rows of embeddings and heads, and of each stack one layer of every kind that is in it (kinds differ
+in operators, shapes and schemes). It is lowered and run besides: what the whole has in common with it was put there by
+the same code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from export.targets.base import Lowered, LowerOptions, Target
 from export.verify import program_signatures
 from graphs.errors import UserError, nearest
+from graphs.narrow import narrow
 from graphs.program import Program
 from graphs.shorten import shorten, superfluous
 from runtimes.base import Artifact
@@ -58,16 +60,8 @@ class Sample:
         return cls({method: paths for method, paths in superfluous(program).items() if paths})
 
     def of(self, program: Program) -> Program:
-        """The part of a program that is run."""
-        return shorten(program, self.without)
-
-    def lowered(
-        self, target: Target, program: Program, options: LowerOptions, scratch: Path
-    ) -> tuple[Artifact, Lowered]:
-        """The part of `program` lowered into `scratch`."""
-        part = self.of(program)
-        made = target.lower(target.legalize(part), scratch, replace(options, progress=lambda line: None, loads=True))
-        return Artifact(scratch, program_signatures(part), made.files, made.details), made
+        """The part of a program, not quantized yet, that is run: fewer layers, and the first words of vocabularies."""
+        return narrow(shorten(program, self.without)) if self.without else program
 
     def to_json(self) -> dict[str, Any] | None:
         """For the manifest: None for the whole."""
@@ -84,3 +78,9 @@ class Sample:
     def __str__(self) -> str:
         left = ", ".join(f"{len(paths)} of {method}" for method, paths in self.without.items())
         return f"one layer of each kind ({left} are like those)" if left else "the whole program"
+
+
+def lower_part(target: Target, part: Program, options: LowerOptions, scratch: Path) -> tuple[Artifact, Lowered]:
+    """The part that is run, lowered into `scratch`."""
+    made = target.lower(target.legalize(part), scratch, replace(options, progress=lambda line: None, loads=True))
+    return Artifact(scratch, program_signatures(part), made.files, made.details), made

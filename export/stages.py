@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import resource
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from export.memory import peak_rss_bytes, reset_peak, trim
 
 Progress = Callable[[str], None]
 
@@ -22,22 +23,6 @@ def to_stderr(line: str) -> None:
 
 def silent(line: str) -> None:
     """No progress."""
-
-
-def reset_peak() -> None:
-    """Begin a new peak where the system can (Linux); elsewhere peaks are those of the process so far."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident size of this process since `reset_peak`, in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 @dataclass
@@ -53,6 +38,8 @@ class Stages:
         """Run one stage; gives a function that reports its detail lines."""
         number = f"[{self.names.index(name) + 1}/{len(self.names)}] {name}"
         self.progress(f"{number}: {what}" if what else number)
+        gc.collect()  # graphs are cycles, and hold what their weights were copied to
+        trim()
         reset_peak()
         start = time.perf_counter()
         yield lambda line: self.progress(f"      {line}")

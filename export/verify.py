@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from graphs.errors import UserError
 from graphs.program import Program, Signature
 from graphs.spec import TensorSpec
 from runtimes.base import Array, Caller
+from runtimes.eager import EagerRuntime
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ def record(runtime: Caller, inputs: Mapping[str, Sequence[Sequence[Array]]]) -> 
     for method, calls in inputs.items():
         runtime.reset()
         vectors[method] = [Call(list(call), runtime.call(method, call)) for call in calls]
+    return vectors
+
+
+def record_eager(program: Program, inputs: Mapping[str, Sequence[Sequence[Array]]]) -> Vectors:
+    """What torch makes of `inputs`, with one method's weights in memory at a time."""
+    vectors = {}
+    for method, calls in inputs.items():
+        with closing(EagerRuntime(program)) as runtime:
+            vectors[method] = record(runtime, {method: calls})[method]
     return vectors
 
 

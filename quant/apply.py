@@ -66,6 +66,14 @@ class Quantization:
         self.kept = Kept()
         self.factors: dict[Key, Tensor] = {}
 
+    def forget(self) -> None:
+        """Let go of quantized weights that were kept for a next reader."""
+        self.kept.results.clear()
+
+    def on(self, program: Program) -> Quantization:
+        """The same for a part of the program."""
+        return Quantization(self.resolved.on(program), self.statistics, self.say)
+
     def apply(self, program: Program) -> Program:
         """The program in the recipe's numbers; its inputs and outputs keep their names and dtypes."""
         return self.cast(self.rounded(program))

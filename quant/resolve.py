@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,12 @@ class Resolved:
     kv_cache: str
     symmetric: bool
     layers: Mapping[Key, tuple[Layer, Scheme, Rule]]
+
+    def on(self, program: Program) -> Resolved:
+        """The same for a part of the program that it was resolved for."""
+        found = {(layer.method, layer.entry): layer for layer in all_layers(program)} if self.layers else {}
+        kept = {key: (found[key], scheme, rule) for key, (_, scheme, rule) in self.layers.items() if key in found}
+        return replace(self, layers=kept)
 
     @property
     def quantized(self) -> bool:

@@ -34,6 +34,14 @@ class EagerRuntime:
             lighten(self._modules[method])
         return self._modules[method]
 
+    def close(self) -> None:
+        """Let go of all weights now: graphs are cycles, which wait for the garbage collector."""
+        for module in self._modules.values():
+            for owner in module.modules():
+                owner._parameters.clear()
+                owner._buffers.clear()
+        self._modules.clear()
+
     def reset(self) -> None:
         """Zero all state."""
         for name, module in self._modules.items():

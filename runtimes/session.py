@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -25,8 +25,11 @@ from runtimes.generate import Generation, Sampler, generate, greedy
 from runtimes.manifest import Bundle
 
 
-def rebuild(bundle: Bundle) -> Program:
-    """The program that a bundle was lowered from, from its recorded source. Raises UserError where that is gone."""
+def rebuild(bundle: Bundle, part: Callable[[Program], Program] = lambda program: program) -> Program:
+    """The program that a bundle was lowered from, or a part of it, from its recorded source.
+
+    `part` gives it of the program before it is quantized. Raises UserError where the source is gone.
+    """
     recorded = dict(bundle.manifest["source"])
     recorded.pop("weights", None)
     try:
@@ -44,7 +47,8 @@ def rebuild(bundle: Bundle) -> Program:
     statistics = None
     if resolved.needs_statistics:
         statistics = again(model, program, bundle.manifest["calibration"], resolved.needs_hessians)
-    return Quantization(resolved, statistics).apply(program)
+    program = part(program)
+    return Quantization(resolved.on(program), statistics).apply(program)
 
 
 def open_runtime(bundle: Bundle, name: str | None = None) -> Runtime:

@@ -23,6 +23,7 @@ from onnxscript import optimizer
 from torch import fx
 from torch.export import ExportedProgram
 
+from export.memory import trim
 from export.targets.onnx_ops import TRANSLATIONS
 from export.targets.onnx_qdq import standardize
 from export.targets.onnx_quant_ops import QUANT_TRANSLATIONS
@@ -177,6 +178,7 @@ def strip_metadata(model: ir.Model) -> None:
 
 def write(model: ir.Model, path: Path) -> None:
     """Save `model` and, beside it in `<path>.data`, its weights, one in memory at a time; check the result."""
+    trim()
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
     onnx.checker.check_model(str(path), full_check=False)
 

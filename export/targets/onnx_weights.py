@@ -28,9 +28,12 @@ def lazy(read: Callable[[], Tensor], dtype: ir.DataType, shape: ir.Shape, name: 
 
 
 def entry(program: Program, method: str, name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
-    """An entry of the method's state dict, copied, so that the pages of a mapped checkpoint may go."""
+    """An entry of the method's state dict, copied where it is mapped, so that the checkpoint's pages may go."""
+    computed = program.methods[method].weight_names.get(name) in program.constants
 
     def read() -> Tensor:
+        if computed:
+            return program.tensor(method, name).detach()
         copy = program.tensor(method, name).detach().clone(memory_format=torch.contiguous_format)
         program.release(method, name)
         return copy

@@ -108,15 +108,15 @@ def by_rows(weight_OK: Tensor, quantize: Callable[[Tensor], QuantizedWeight]) ->
     rows = max(1, CHUNK // weight_OK.shape[1])
     if len(weight_OK) <= rows:
         return quantize(weight_OK)
-    q, parts = None, []
+    whole: dict[str, Tensor] = {}
     for start in range(0, len(weight_OK), rows):
         part = quantize(weight_OK[start : start + rows])
-        q = torch.empty(weight_OK.shape, dtype=part.q.dtype) if q is None else q
-        q[start : start + rows] = part.q
-        parts.append(part)
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    assert q is not None
-    return QuantizedWeight(q, torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
+        for name, value in (("q", part.q), ("scale", part.scale), ("zero_point", part.zero_point)):
+            if value is not None:
+                if name not in whole:
+                    whole[name] = torch.empty((len(weight_OK), *value.shape[1:]), dtype=value.dtype)
+                whole[name][start : start + rows] = value
+    return QuantizedWeight(**whole)
 
 
 def round_blocks(blocks_OnG: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme) -> QuantizedWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphs.errors import UserError
-from quant.algorithms import mse, rtn
+from quant.algorithms import base, mse, rtn
 from quant.algorithms.activations import activation_range, float8_scale
 from quant.algorithms.base import QuantizedWeight
 from quant.algorithms.distribution import Distribution
@@ -126,16 +127,19 @@ def test_range_search_weighs_inputs_by_their_squares() -> None:
     assert costs[0] < 0.95 * costs[1]
 
 
-def test_range_search_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheme = WeightScheme("int", 4, 32, True)
-    whole = mse.quantize(weight(), scheme)
-    monkeypatch.setattr(mse, "CHUNK", 200)
-    parts = mse.quantize(weight(), scheme)
-    assert torch.equal(whole.q, parts.q)
-    assert torch.equal(whole.scale, parts.scale)
-    assert whole.zero_point is not None
-    assert parts.zero_point is not None
-    assert torch.equal(whole.zero_point, parts.zero_point)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("algorithm", [rtn, mse])
+def test_results_do_not_depend_on_how_many_rows_are_worked_on_at_once(
+    monkeypatch: pytest.MonkeyPatch, algorithm: ModuleType, scheme: WeightScheme
+) -> None:
+    rows = weight(50).half()
+    whole = algorithm.quantize(rows, scheme)
+    monkeypatch.setattr(base, "CHUNK", 7 * 64)
+    parts = algorithm.quantize(rows, scheme)
+    assert torch.equal(parts.q, whole.q)
+    assert torch.equal(parts.scale, whole.scale)
+    assert (parts.zero_point is None) == (not scheme.asymmetric)
+    assert whole.zero_point is None or torch.equal(parts.zero_point, whole.zero_point)
 
 
 def test_float8_puts_each_channels_largest_on_448() -> None:

@@ -1,0 +1,39 @@
+"""The first rows of tables and heads compute what they computed among all."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graphs.model import Request, load_model
+from graphs.narrow import narrow
+from graphs.trace import trace
+from runtimes.eager import EagerRuntime
+
+
+def test_ids_and_logits_are_of_the_first_words() -> None:
+    model = load_model(Request("mobilevlm"))
+    program = trace(model.architecture, model.weights)
+    small = narrow(program, 64)
+    small.check()
+    assert small.methods["vision_encoder"] is program.methods["vision_encoder"]
+    assert small.methods["token_embedding"].signature.inputs[0].high == 64
+    assert small.methods["text_decoder"].signature.outputs[0].shape[-1] == 64
+    assert small.methods["text_decoder"].signature.state == program.methods["text_decoder"].signature.state
+    for method, width in (("token_embedding", 192), ("text_decoder", 64)):
+        runtimes = EagerRuntime(small), EagerRuntime(program)
+        for call in small.methods[method].signature.method(method).examples(seed=2):
+            arrays = [tensor.numpy() for tensor in call]
+            (mine,), (whole,) = (runtime.call(method, arrays) for runtime in runtimes)
+            assert mine.shape[-1] == width
+            assert torch.allclose(torch.from_numpy(mine), torch.from_numpy(whole[..., :width]), atol=1e-5)
+
+
+def test_what_is_narrow_already_stays() -> None:
+    model = load_model(Request("mobilevlm"))
+    program = trace(model.architecture, model.weights)
+    assert narrow(program, 491) is program
+    shapes = {n: tuple(t.shape) for n, t in narrow(program, 64).methods["text_decoder"].exported.state_dict.items()}
+    assert shapes["lm_head.weight"] == (64, 192)
+    assert shapes["layers.0.mlp.up_proj.weight"][0] > 64
+    assert isinstance(program.methods["text_decoder"].exported.state_dict["lm_head.weight"], nn.Parameter)
