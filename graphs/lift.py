@@ -31,6 +31,17 @@ WRITES = torch.ops.aten.copy_.default
 PREFIXES = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_"}
 
 
+def copied(exported: ExportedProgram) -> tuple[fx.GraphModule, ExportGraphSignature]:
+    """A copy of the graph, and the signature by the names that nodes have there: fx renames some, as `input`."""
+    graph, signature = copy.deepcopy(exported.graph_module.graph), copy.deepcopy(exported.graph_signature)
+    nodes = zip(exported.graph_module.graph.nodes, graph.nodes, strict=True)
+    names = {old.name: new.name for old, new in nodes}
+    for spec in (*signature.input_specs, *signature.output_specs):
+        if isinstance(spec.arg, TensorArgument):
+            spec.arg.name = names[spec.arg.name]
+    return fx.GraphModule(exported.graph_module, graph), signature
+
+
 def rebuilt(
     exported: ExportedProgram,
     module: fx.GraphModule,

@@ -6,7 +6,6 @@ Program for its weight, so memory stays near one tensor whatever the model's siz
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import warnings
@@ -20,7 +19,6 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from onnxscript import optimizer
-from torch import fx
 from torch.export import ExportedProgram
 
 from export.memory import trim
@@ -28,7 +26,7 @@ from export.targets.onnx_ops import TRANSLATIONS
 from export.targets.onnx_qdq import standardize
 from export.targets.onnx_quant_ops import QUANT_TRANSLATIONS
 from export.targets.onnx_weights import entry, is_weight, turn
-from graphs.lift import rebuilt
+from graphs.lift import copied, rebuilt
 from graphs.program import Program, Signature
 
 #: the first with blocked int4 Q/DQ, and with `Gelu`; later ones make ONNX Runtime no faster, TensorRT parses them all
@@ -79,8 +77,7 @@ class Settled(ExportedProgram):
 
 def settled(exported: ExportedProgram) -> ExportedProgram:
     """A copy of `exported`, which its translation may change."""
-    module = fx.GraphModule(exported.graph_module, copy.deepcopy(exported.graph_module.graph))
-    return rebuilt(exported, module, exported.graph_signature, exported.state_dict, Settled)
+    return rebuilt(exported, *copied(exported), exported.state_dict, Settled)
 
 
 def translate(exported: ExportedProgram, signature: Signature, opset: int) -> ir.Model:

@@ -5,14 +5,13 @@ The names follow what ONNX decoders commonly use: `past_key_values.N.key` goes i
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import replace
 
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from graphs.lift import rebuilt
+from graphs.lift import copied, rebuilt
 from graphs.program import Program, Signature, TracedMethod
 
 #: the pattern of a state's name, the input that carries it in, the output that carries it out; the first match holds
@@ -51,8 +50,8 @@ def state_as_io(traced: TracedMethod) -> TracedMethod:
     """
     signature, exported = traced.signature, traced.exported
     order = [spec.name for spec in signature.state]
-    graph_module = GraphModule(exported.graph_module, copy.deepcopy(exported.graph_module.graph))
-    graph, old = graph_module.graph, exported.graph_signature
+    graph_module, old = copied(exported)
+    graph = graph_module.graph
 
     held = [spec for spec in old.input_specs if spec.target in order]
     held.sort(key=lambda spec: order.index(str(spec.target)))
