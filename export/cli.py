@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -303,5 +303,14 @@ def fail(args: argparse.Namespace, line: str, status: int) -> int:
     return status
 
 
+def entry() -> NoReturn:
+    """The command `vlmx`: leaves as soon as all is written; taking the graphs of a large model apart takes seconds."""
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+#: a process of this size is worth the third of a second that collecting takes
+LARGE_BYTES = 512 << 20
+
+
+def resident_bytes() -> int:
+    """What is resident now where the system tells (Linux), else the peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_rss_bytes()
+    return pages * resource.getpagesize()
 
 
 def trim() -> None:
     """Give freed heap back to the system where the C library can (glibc): it keeps tens of large buffers otherwise."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def reclaim() -> None:
+    """In a large process, free graphs and what they hold, which are cycles, and give that back."""
+    if resident_bytes() > LARGE_BYTES:
+        gc.collect()
+        trim()
 
 
 def reset_peak() -> None:

@@ -16,6 +16,7 @@ import torch
 from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
 from export.gate import Limit, execute, words
+from export.memory import reclaim
 from export.sample import Sample, check_verify, lower_part
 from export.stability import trial
 from export.stages import Progress, Stages, to_stderr
@@ -202,6 +203,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                 unrounded = again.rounded(before)
                 part = again.cast(unrounded)
             checks = trial(resolved, table.limit(resolved.floats, resolved.quantized), unrounded, part)
+            reclaim()
             expected, metadata = checks.expected, {**prompt, "variant": model.variant}
             given = LowerOptions(
                 resolved.floats, checks.limits, checks.seed, metadata, options.extra, not sample.without, say

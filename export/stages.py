@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from export.memory import peak_rss_bytes, reset_peak, trim
+from export.memory import peak_rss_bytes, reclaim, reset_peak
 
 Progress = Callable[[str], None]
 
@@ -38,8 +37,7 @@ class Stages:
         """Run one stage; gives a function that reports its detail lines."""
         number = f"[{self.names.index(name) + 1}/{len(self.names)}] {name}"
         self.progress(f"{number}: {what}" if what else number)
-        gc.collect()  # graphs are cycles, and hold what their weights were copied to
-        trim()
+        reclaim()
         reset_peak()
         start = time.perf_counter()
         yield lambda line: self.progress(f"      {line}")
