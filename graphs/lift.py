@@ -7,6 +7,7 @@ values are missing. What an ExportedProgram is made of is said in https://docs.p
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def as_traced(node: fx.Node, known: frozenset[Any]) -> bool:
     """Whether tracing would leave a node as it is: a pure operator that is known or not composite."""
     if node.op != "call_function":
         return node.op in ("get_attr", "placeholder", "output")
-    if node.target in known or node.target is WRITES:
+    if node.target in known or node.target in (WRITES, operator.getitem):
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False

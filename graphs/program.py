@@ -98,12 +98,15 @@ class Program:
         if isinstance(self.weights, NamedWeights) and name is not None and name not in self.constants:
             self.weights.release(name)
 
-    def exported(self, method: str) -> ExportedProgram:
-        """A copy of a method's ExportedProgram with real weights, in tensors of its own over them, and zeroed state."""
+    def exported(self, method: str, value_of: Callable[[str, Tensor], Tensor] | None = None) -> ExportedProgram:
+        """A copy of a method's ExportedProgram with real weights, in tensors of its own over them, and zeroed state.
+
+        `value_of` (entry, its fake tensor) gives others.
+        """
         exported = copy.copy(self.methods[method].exported)
         values: dict[str, Tensor] = {}
         for entry, fake in exported.state_dict.items():
-            value = self.tensor(method, entry)
+            value = value_of(entry, fake) if value_of else self.tensor(method, entry)
             values[entry] = (
                 nn.Parameter(value, requires_grad=False) if isinstance(fake, nn.Parameter) else value.detach()
             )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from export.layouts.executorch import constant_methods
-from export.targets import executorch_graph, executorch_kernels, executorch_quant
+from export.targets import executorch_graph, executorch_grow, executorch_kernels, executorch_quant
 from export.targets.base import Capabilities, Lowered, LowerOptions
+from export.targets.executorch_delegates import Delegates, fill, hollow
 from graphs.errors import UserError, nearest
 from graphs.files import sha256
 from graphs.program import Program
+from graphs.shorten import shorten
 
 FILE = "model.pte"
 
@@ -46,8 +48,8 @@ class ExecuTorchTarget:
     )
 
     def legalize(self, program: Program) -> Program:
-        """Quantization, attention, norms and reshapes in the forms that XNNPACK takes."""
-        return executorch_graph.legalize(executorch_quant.translate(program))
+        """Quantization in the forms that XNNPACK takes; `lower` sees to the rest, on the layers that it lowers."""
+        return executorch_quant.translate(program)
 
     def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
         """Raises UserError where `extra["delegate"]` is none of `DELEGATES`."""
@@ -63,23 +65,21 @@ class ExecuTorchTarget:
 
 def write(program: Program, path: Path, partitioner: Any, options: LowerOptions) -> dict[str, Any]:
     """Lower every method into one file at `path`; for each, what the delegate runs and what portable kernels do."""
-    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.delegate import executorch_call_delegate
 
     options.progress(f"lowering {', '.join(program)}")
     executorch_quant.decomposed()  # their kernels must be known where operators get their outputs planned
-    edge = to_edge_transform_and_lower(
-        {method: program.exported(method) for method in program},
-        partitioner=[partitioner],
-        constant_methods=constant_methods(program.methods, options.metadata),
-    )
-    kernels = {method: executorch_kernels.kernels(edge.exported_program(method).graph_module) for method in program}
-    options.progress("planning memory")
-    # Reinplacing writes new rows into the cache itself, not into a copy of it; names let a runtime find and zero it.
-    planned = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True, emit_mutable_buffer_names=True))
-    options.progress(f"writing {path.name}")
-    with path.open("wb") as file:
-        planned.write_to_file(file)
+    constants = constant_methods(program.methods, options.metadata)
+    stacks = {method: executorch_grow.runs(program, method) for method in program}
+    with lowered(program, stacks, partitioner, constants) as edge:
+        kernels = {method: executorch_kernels.kernels(edge.exported_program(method).graph_module) for method in program}
+        options.progress("planning memory")
+        # Reinplacing writes new rows into the cache itself, not into a copy; names let a runtime find and zero it.
+        planned = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True, emit_mutable_buffer_names=True))
+        options.progress(f"writing {path.name}")
+        with path.open("wb") as file:
+            planned.write_to_file(file)
     return {
         method: {
             **executorch_graph.operators(planned.exported_program(method).graph, executorch_call_delegate),
@@ -87,6 +87,34 @@ def write(program: Program, path: Path, partitioner: Any, options: LowerOptions)
         }
         for method in program
     }
+
+
+@contextmanager
+def lowered(
+    program: Program, stacks: executorch_grow.Stacks, partitioner: Any, constants: Mapping[str, Any]
+) -> Iterator[Any]:
+    """All methods as ExecuTorch's edge programs: of `stacks` three layers are lowered, and the others made of them."""
+    from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+
+    legal = executorch_graph.legalize(shorten(program, executorch_grow.middle(stacks)))
+    delegates = Delegates(legal, program)
+    with delegates.used():
+        edge = to_edge_transform_and_lower(
+            {method: hollow(legal, method) for method in legal}, partitioner=[partitioner], constant_methods=constants
+        )
+        methods = {}
+        for method, runs in stacks.items():
+            part = edge.exported_program(method)
+            fill(part, legal, method)
+            methods[method] = executorch_grow.Grower(method, part, program, delegates).run(runs)
+    try:
+        if None in methods.values():
+            with lowered(program, {method: [] for method in program}, partitioner, constants) as whole:
+                yield whole
+        else:
+            yield EdgeProgramManager(methods, constants, edge.compile_config)
+    finally:
+        delegates.forget()
 
 
 @contextmanager

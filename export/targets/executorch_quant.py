@@ -50,7 +50,7 @@ def translate(program: Program) -> Program:
         if any(str(node.target).startswith("vlmx.") for node in calls):
             opened = Opened.open(program, method)
             Translator(opened).run()
-            program = opened.retrace()
+            program = opened.lift()
     return program
 
 
