@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def bench(
         "visual_tokens": bundle.manifest["prompt"].get("visual_tokens"),
         "prompt_tokens": runs[0].prompt_tokens,
         "runs": repeat,
+        "load": os.getloadavg()[0],
         "vision_ms": 1e3 * statistics.median(run.vision_seconds for run in runs),
         "prefill_tokens_per_s": runs[0].prompt_tokens / prefill,
         "decode_tokens_per_s": 1 / statistics.median(decode) if decode else None,

@@ -96,13 +96,21 @@ def run_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[R
 
 def bench_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Result, str]:
     """`vlmx bench`."""
+    from export import planned
     from export.alone import alone
     from export.bench import bench, table
+    from export.roofline import device
 
+    if args.device is not None:
+        device(args.device)  # refused before minutes of measuring
     rows = [
         alone(bench, path, args.runtime, args.repeat, args.prompt_tokens, args.new_tokens, say) for path in args.bundle
     ]
-    return {"rows": rows}, table(rows)
+    if args.device is None:
+        return {"rows": rows}, table(rows)
+    for row in rows:
+        row["planned"] = planned.compare(row, args.device)
+    return {"device": args.device, "rows": rows}, f"{table(rows)}\n\n{planned.table(rows, args.device)}"
 
 
 def plan_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Result, str]:
@@ -230,6 +238,7 @@ def parser() -> Parser:
     added.add_argument("--repeat", type=positive, default=5, metavar="N")
     added.add_argument("--prompt-tokens", type=positive, default=16, metavar="N", help="of text, besides the picture")
     added.add_argument("--new-tokens", type=positive, default=32, metavar="N")
+    added.add_argument("--device", metavar="NAME", help="beside what `vlmx plan` says of that device (its names)")
 
     added = verb("plan", plan_command, "what a model costs, before any weight is read")
     source(added)

@@ -135,7 +135,7 @@ def fits(layer: Weighed, scheme: Scheme) -> bool:
     return not group or (layer.kind != "conv" and layer.inputs % group == 0)
 
 
-def choose(layer: Layer, rule: Rule, target: str, takes: Takes) -> Scheme | None:
+def choose(layer: Weighed, rule: Rule, target: str, takes: Takes) -> Scheme | None:
     """The first scheme of a rule that the target takes and the layer fits; None to keep floats. Raises UserError."""
     offered = takes.schemes.get(layer.kind, ())
     for text in rule.schemes:

@@ -25,18 +25,22 @@ from runtimes.generate import Generation, Sampler, generate, greedy
 from runtimes.manifest import Bundle
 
 
+def source_request(bundle: Bundle) -> Request:
+    """What a bundle was exported from. Raises UserError where the manifest's record is damaged."""
+    recorded = dict(bundle.manifest["source"])
+    recorded.pop("weights", None)
+    try:
+        return Request(**recorded)
+    except TypeError as error:
+        raise UserError(f"{bundle.directory}: the manifest's source is damaged: {error}") from error
+
+
 def rebuild(bundle: Bundle, part: Callable[[Program], Program] = lambda program: program) -> Program:
     """The program that a bundle was lowered from, or a part of it, from its recorded source.
 
     `part` gives it of the program before it is quantized. Raises UserError where the source is gone.
     """
-    recorded = dict(bundle.manifest["source"])
-    recorded.pop("weights", None)
-    try:
-        request = Request(**recorded)
-    except TypeError as error:
-        raise UserError(f"{bundle.directory}: the manifest's source is damaged: {error}") from error
-    model = load_model(request)
+    model = load_model(source_request(bundle))
     passes = parse(str(bundle.manifest.get("passes", "")))
     program = apply(passes, trace(model.architecture, model.weights))
     if changed := [
