@@ -54,6 +54,9 @@ matrix: $(READY_DEV) ## every model up the ladder, every target, into docs/matri
 frontier: $(READY) ## accuracy against latency of passes x recipes x targets, into docs/frontier.* (RESUME=1 goes on)
 	@$(BIN)/python -m export.frontier $(call flag,COUNT,count) $(call flag,MINUTES,minutes) $(if $(RESUME),--resume)
 
+bench-gpu: $(READY) ## TensorRT engines on this NVIDIA GPU beside torch, into docs/benchmarks/gpu.* (ten minutes; CHECKPOINT, TORCH_PYTHON)
+	@$(BIN)/python -m export.gpu.bench $(call flag,CHECKPOINT,checkpoint) $(call flag,MINUTES,minutes) $(call flag,TORCH_PYTHON,torch-python)
+
 clean: ## remove the environment and caches (bundles stay)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
@@ -74,4 +77,4 @@ $(READY_DEV): requirements-dev.lock $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev.lock
 	@touch $@
 
-.PHONY: help export test lint doctor zoo evaluate agreement matrix frontier clean
+.PHONY: help export test lint doctor zoo evaluate agreement matrix frontier bench-gpu clean

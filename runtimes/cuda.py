@@ -8,11 +8,14 @@ from __future__ import annotations
 import ctypes
 import sys
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint8, c_uint64, c_void_p
-from typing import Protocol
+from typing import Any, Protocol
 
 from runtimes.base import Array, Unavailable
 
 LIBRARY = {"win32": "nvcuda.dll"}.get(sys.platform, "libcuda.so.1")
+
+#: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 
 
 class Memory(Protocol):
@@ -96,6 +99,28 @@ class Cuda:
 
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", c_void_p(self.stream))
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody has, of this process or another."""
+        free, total = c_size_t(), c_size_t()
+        self.activate()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
+
+    def facts(self) -> dict[str, Any]:
+        """Name, compute capability, memory in bytes, and the newest CUDA version that the driver knows."""
+        device, major, minor, version, total = c_int(), c_int(), c_int(), c_int(), c_size_t()
+        self._call("cuDeviceGet", byref(device), 0)
+        self._call("cuDeviceGetAttribute", byref(major), CAPABILITY_MAJOR, device)
+        self._call("cuDeviceGetAttribute", byref(minor), CAPABILITY_MINOR, device)
+        self._call("cuDeviceTotalMem_v2", byref(total), device)
+        self._call("cuDriverGetVersion", byref(version))
+        return {
+            "name": self.device,
+            "compute_capability": f"{major.value}.{minor.value}",
+            "memory_bytes": total.value,
+            "cuda": f"{version.value // 1000}.{version.value % 1000 // 10}",
+        }
 
 
 def gpu_name() -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -63,6 +64,15 @@ class Buffer:
             release.atexit = False  # the driver may be gone by then, and frees everything itself
             self._release = release
         return self._address
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One call, ready to run: `inputs` live until it has run, since their copies are only queued."""
+
+    context: Any
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
 
 
 class MethodEngine:
@@ -129,7 +139,8 @@ class MethodEngine:
             self._contexts[profile] = context
         return self._contexts[profile]
 
-    def call(self, inputs: Sequence[Array]) -> list[Array]:
+    def bind(self, inputs: Sequence[Array]) -> Bound:
+        """Upload inputs, and give a context the shapes and addresses of one call."""
         self._memory.activate()
         arrays = {
             name: np.ascontiguousarray(array, self._dtypes[name])
@@ -150,14 +161,26 @@ class MethodEngine:
         outputs = {name: np.empty(tuple(context.get_tensor_shape(name)), self._dtypes[name]) for name in self._outputs}
         for name, array in outputs.items():
             context.set_tensor_address(name, self._buffers[name].of(array.nbytes))
-        if not context.execute_async_v3(self._memory.stream):
+        return Bound(context, arrays, outputs)
+
+    def enqueue(self, bound: Bound) -> None:
+        """Queue one run of what was bound last; running it again computes the same from the same state."""
+        if not bound.context.execute_async_v3(self._memory.stream):
             raise RuntimeError("TensorRT could not run the engine")
-        for name, array in outputs.items():
-            self._memory.download(self._buffers[name].of(array.nbytes), array)
+
+    def synchronize(self) -> None:
+        """Wait for everything queued."""
         self._memory.synchronize()
+
+    def call(self, inputs: Sequence[Array]) -> list[Array]:
+        bound = self.bind(inputs)
+        self.enqueue(bound)
+        for name, array in bound.outputs.items():
+            self._memory.download(self._buffers[name].of(array.nbytes), array)
+        self.synchronize()
         for buffers in self._caches.values():
             buffers.reverse()
-        return list(outputs.values())
+        return list(bound.outputs.values())
 
 
 class TensorRTRuntime:
@@ -169,14 +192,14 @@ class TensorRTRuntime:
         self.signatures = artifact.signatures
         self._logger = collecting_logger(trt)
         self._runtime = trt.Runtime(self._logger)
-        self._engines: dict[str, MethodEngine] = {}
+        self.engines: dict[str, MethodEngine] = {}
         for method, name in artifact.files.items():
             recorded = artifact.details["methods"][method]
             engine = self._runtime.deserialize_cuda_engine(read_engine(artifact.directory, name, recorded))
             if engine is None:
                 why = self._logger.errors[-1] if self._logger.errors else "no reason given"
                 raise UserError(f"{artifact.directory / name}: {self.version} cannot load it: {why}")
-            self._engines[method] = MethodEngine(trt, engine, memory, recorded["state"])
+            self.engines[method] = MethodEngine(trt, engine, memory, recorded["state"])
 
     @classmethod
     def load(cls, artifact: Artifact) -> Self:
@@ -190,8 +213,8 @@ class TensorRTRuntime:
         return cls(trt, memory, artifact)
 
     def call(self, method: str, inputs: Sequence[Array]) -> list[Array]:
-        return self._engines[method].call(inputs)
+        return self.engines[method].call(inputs)
 
     def reset(self) -> None:
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.reset()

@@ -47,7 +47,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def engine_of(runtime: TensorRTRuntime, method: str) -> fake_trt.Engine:
-    engine: fake_trt.Engine = runtime._engines[method]._engine
+    engine: fake_trt.Engine = runtime.engines[method]._engine
     return engine
 
 
