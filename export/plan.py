@@ -147,7 +147,7 @@ def describe(result: dict[str, Any]) -> str:
             continue
         for kind, milliseconds in (("bound", "milliseconds"), ("expected", "expected_milliseconds")):
             if found := device[milliseconds]:
-                row = "".join(f"{found[call]:>31,.2f}" for call in calls)
+                row = "".join(f"{found[call]:>31,.2f}" if call in found else f"{'-':>31}" for call in calls)
                 about = f"   {device['floats']:<11}{'yes' if device['fits'] else 'NO'}" if kind == "bound" else ""
                 lines.append(f"  {key if kind == 'bound' else '':<22}{kind:<10}{row}{about}")
     return "\n".join(lines)

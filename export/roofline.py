@@ -157,8 +157,9 @@ class Device:
         return self._seconds(found, {})
 
     def expected(self, found: list[Part]) -> float | None:
-        """Seconds that a call takes by well-kept kernels; None where nobody measured those. Raises UserError."""
-        return self._seconds(found, self.efficiency) if self.efficiency else None
+        """Seconds that a call takes by well-kept kernels; None where that was not measured. Raises UserError."""
+        known = {"bandwidth", *(part.numbers for part in found)} <= set(self.efficiency)
+        return self._seconds(found, self.efficiency) if known else None
 
     def _seconds(self, found: list[Part], shares: Mapping[str, float]) -> float:
         bandwidth = self.bandwidth * 1e9 * shares.get("bandwidth", 1.0)

@@ -25,9 +25,10 @@ def test_kinds_add_up_each_bound_by_what_it_lacks() -> None:
     found = [Part("linear", "int8", 8 * 10**9, 10**8), Part("attention", "fp32", 10**9, 2 * 10**9)]
     assert PLAIN.bound(found) == pytest.approx(0.002 + 0.02)  # operations of the first, bytes of the second
     assert PLAIN.expected(found) is None
-    slower = replace(PLAIN, efficiency={"int8": 0.5, "bandwidth": 0.8})
+    slower = replace(PLAIN, efficiency={"int8": 0.5, "fp32": 1.0, "bandwidth": 0.8})
     assert slower.bound(found) == PLAIN.bound(found)
     assert slower.expected(found) == pytest.approx(0.004 + 0.025)
+    assert replace(slower, efficiency={"int8": 0.5, "bandwidth": 0.8}).expected(found) is None
 
 
 def test_layers_compute_in_what_their_activations_are() -> None:
