@@ -36,11 +36,11 @@ from runtimes.tensorrt_api import LIBRARIES
 
 Row = dict[str, Any]
 
-#: shares of the whole time after which no checkpoint is written, no engine built, and torch stops
-MAKE, BUILD, TORCH = 0.2, 0.6, 0.97
+#: shares of the whole time after which no checkpoint is written, no range read, no engine built, and torch stops
+MAKE, RANGES, BUILD, TORCH = 0.2, 0.35, 0.6, 0.97
 
 #: seconds that one engine may take to load, be checked and timed
-RUN_S = 120.0
+RUN_S = 90.0
 
 
 def facts() -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Run:
                 return f"no checkpoint: {made.why}"
         self.say(f"{size.name}: reading ranges")
         command, log = jobs.calibrate(size, self.scratch), self.log(f"{size.name}-ranges")
-        ranges = jobs.run(command, self.budget.until(BUILD), log, self.cores)
+        ranges = jobs.run(command, self.budget.until(RANGES), log, self.cores)
         if ranges.why:
             self.results.notes.append(f"{size.name} has no ranges for static activations: {ranges.why}")
         return None

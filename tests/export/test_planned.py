@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from export import planned
+from export.cli import main
 from export.pipeline import ExportOptions, export
 from export.plan import plan
 from export.stages import silent
@@ -57,3 +58,8 @@ def test_other_devices_have_no_expectation_and_unknown_ones_are_refused(row: dic
     assert planned.compare(row, "macbook-air-m2")["vision"]["expected_ms"] is None
     with pytest.raises(UserError, match="unknown device"):
         planned.compare(row, "epyc")
+
+
+def test_an_unknown_device_is_refused_before_anything_is_measured(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "no-such-bundle", "--device", "epyc-zen4"]) == 2
+    assert "unknown device 'epyc-zen4'" in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,12 @@ import pytest
 
 from export.gpu import engine, reference
 from export.gpu.timing import calls_of, inputs_of, median_ms
+from export.pipeline import ExportOptions, export
+from export.stages import silent
 from export.verify import compare, load_vectors, record
+from graphs.model import Request
 from runtimes.eager import EagerRuntime
+from runtimes.manifest import Bundle
 from runtimes.tensorrt import TensorRTRuntime
 from tests.runtimes import fake_trt
 from tests.runtimes.test_tensorrt_runtime import pretend
@@ -52,6 +57,23 @@ def test_engines_are_timed_where_their_inputs_lie(tmp_path: Path) -> None:
     assert all(addresses == timed[0][1] for _, addresses in timed[:6]), "the same state is read every time"
     errors = compare(record(runtime, inputs), expected)  # and what follows a reset is as it was
     assert all(error["relative_l2"] < 1e-4 for error in errors.values())
+
+
+def test_answers_and_checks_are_those_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "NEW_TOKENS", 6)
+    program = tiny_program("tiny")
+    options = ExportOptions(Request("mobilevlm", "tiny"), "onnxruntime", "reference-fp32", out=tmp_path / "bundle")
+    bundle = Bundle.open(export(options, silent))
+    runtime = TensorRTRuntime(fake_trt, fake_trt.HostMemory(), pretend("float32", tmp_path, list(program)))
+    assert engine.prompt_length(bundle) == 64 - 6
+    found = engine.answers(runtime, bundle)
+    assert found["first_token_ms"] > 0
+    assert found["decode_tokens_per_s"] > 0
+    lower = engine.checked(runtime, bundle)
+    assert all(entry["executed"] and entry["relative_l2"] <= entry["limit"] for entry in lower.values())
+    sampled = replace(bundle, manifest={**bundle.manifest, "left_out": {"text_decoder": ["layers.1"]}})
+    recorded = engine.checked(runtime, sampled)
+    assert recorded == {name: entry["lower"] for name, entry in bundle.manifest["verification"].items()}
 
 
 def test_torch_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
