@@ -17,7 +17,7 @@ from export.bench import seeded_prompt
 from export.check import recorded_limits
 from export.gate import execute
 from export.gpu.jobs import NEW_TOKENS, PROMPT
-from export.gpu.timing import COUNT, WARM, calls_of, inputs_of, median_ms
+from export.gpu.timing import WINDOW, calls_of, inputs_of, median_ms
 from export.quiet import quiet_libraries
 from export.verify import load_vectors, record, save_vectors
 from graphs.errors import GateError
@@ -38,7 +38,7 @@ def prompt_length(bundle: Bundle) -> int:
 
 
 def device_times(
-    runtime: TensorRTRuntime, inputs: dict[str, list[list[Array]]], warm: float = WARM, count: float = COUNT
+    runtime: TensorRTRuntime, inputs: dict[str, list[list[Array]]], window: float = WINDOW
 ) -> dict[str, float]:
     """Milliseconds of each call on the device alone. State is left as the last call read it."""
     found = {}
@@ -50,7 +50,7 @@ def device_times(
             engine.enqueue(bound)
             engine.synchronize()
 
-        found[name] = median_ms(run, warm, count)
+        found[name] = median_ms(run, window)
     return found
 
 

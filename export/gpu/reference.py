@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from export.gpu.jobs import NEW_TOKENS, PROMPT
-from export.gpu.timing import COUNT, WARM, calls_of, inputs_of, median_ms
+from export.gpu.timing import WINDOW, calls_of, inputs_of, median_ms
 from export.verify import record, save_vectors
 from graphs.model import Request, load_model
 from graphs.program import Program, Signature
@@ -78,11 +78,11 @@ class OnDevice:
                     buffer.zero_()
 
 
-def times(runtime: OnDevice, prompt: int, warm: float = WARM, count: float = COUNT) -> dict[str, float]:
+def times(runtime: OnDevice, prompt: int, window: float = WINDOW) -> dict[str, float]:
     """Milliseconds of each call, its inputs on the device already."""
     found = {}
     for name, (method, arrays) in calls_of(inputs_of(runtime.signatures, prompt)).items():
-        found[name] = median_ms(partial(runtime.run, method, runtime.held(arrays)), warm, count)
+        found[name] = median_ms(partial(runtime.run, method, runtime.held(arrays)), window)
     return found
 
 
@@ -91,7 +91,7 @@ def free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info()[0]) if device != "cpu" else 0
 
 
-def measure(checkpoint: str, rows: Path, outputs: Path, device: str, warm: float = WARM, count: float = COUNT) -> None:
+def measure(checkpoint: str, rows: Path, outputs: Path, device: str, window: float = WINDOW) -> None:
     """A row for each mode into `rows`, written as soon as it is known; what eager gave for seeded inputs, `outputs`."""
     program, prompt = half(checkpoint)
     free, start = free_bytes(device), time.perf_counter()
@@ -108,7 +108,7 @@ def measure(checkpoint: str, rows: Path, outputs: Path, device: str, warm: float
             row["first_calls_s"] = time.perf_counter() - start
             if how is MODES["torch eager"]:
                 save_vectors(outputs, vectors)
-            row |= times(runtime, prompt, warm, count) | {"memory_bytes": free - free_bytes(device)}
+            row |= times(runtime, prompt, window) | {"memory_bytes": free - free_bytes(device)}
         except Exception as error:  # a mode that fails is a row too
             row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         found.append(row)

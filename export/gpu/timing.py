@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,10 +11,11 @@ from graphs.dialogue import DECODER, VISION
 from graphs.program import Signature
 from runtimes.base import Array
 
-#: seconds of running before anything counts (kernels for the very shapes are compiled meanwhile), and of counting
-WARM, COUNT = 1.5, 1.0
+#: seconds of one window of runs, how many windows there are at the most, and the share of a window's median that the
+#: next must reach for the times to have settled: libraries compile kernels for the very shapes while others serve
+WINDOW, WINDOWS, SETTLED = 0.8, 6, 0.95
 
-#: runs that are counted at the least, and at the most
+#: runs of one window at the least, and at the most
 LEAST, MOST = 5, 200
 
 
@@ -35,15 +37,23 @@ def calls_of(inputs: Mapping[str, list[list[Array]]]) -> dict[str, tuple[str, li
     }
 
 
-def median_ms(run: Callable[[], object], warm: float = WARM, count: float = COUNT) -> float:
-    """Milliseconds of one `run`, which ends when the device has: a median, after `warm` seconds of running."""
-    begin = time.perf_counter()
+def median_ms(run: Callable[[], object], window: float = WINDOW) -> float:
+    """Milliseconds of one `run`, which ends when the device has: the median of the window in which it was settled."""
     run()
-    while time.perf_counter() - begin < warm:
-        run()
+    last = math.inf
+    for _ in range(WINDOWS):
+        now = window_ms(run, window)
+        if now >= SETTLED * last:
+            return now
+        last = now
+    return last
+
+
+def window_ms(run: Callable[[], object], seconds: float) -> float:
+    """The median over a window of so many seconds."""
     taken: list[float] = []
     begin = time.perf_counter()
-    while len(taken) < LEAST or (time.perf_counter() - begin < count and len(taken) < MOST):
+    while len(taken) < LEAST or (time.perf_counter() - begin < seconds and len(taken) < MOST):
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
