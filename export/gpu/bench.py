@@ -168,7 +168,7 @@ class Run:
             why = unable[engine.size.name]
             return self.build(engine) if why is None else {"failed": why}
 
-        with ThreadPoolExecutor(max(1, self.cores // jobs.CORES)) as pool:
+        with ThreadPoolExecutor(jobs.at_a_time(self.cores, jobs.memory_bytes())) as pool:
             built = list(pool.map(lambda engine: kept(engine, lambda: build(engine)), wanted))
         for engine, row in zip(wanted, built, strict=True):
             self.results.add(row if "failed" in row else row | kept(engine, lambda: self.time(engine)))  # noqa: B023

@@ -32,8 +32,8 @@ PROMPT, NEW_TOKENS = 160, 64
 #: the size whose weights are drawn at random, and the trained one that is tried besides, which always fits the time
 LARGE, SMALL = "mobilevlm-1.7b", "mobilevlm-nano"
 
-#: cores that one export is given
-CORES = 4
+#: cores and memory that one export is given
+CORES, MEMORY_BYTES = 4, 12 << 30
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,16 @@ def engines(size: Size, builders: Sequence[str]) -> Iterator[Engine]:
     yield from (Engine(size, "fp16", other) for other in others)
     if size.name == SMALL and first == "tensorrt-rtx":
         yield Engine(size, "fp16", first, hidden=True)
+
+
+def at_a_time(cores: int, memory_bytes: int) -> int:
+    """How many exports run side by side."""
+    return max(1, min(cores // CORES, memory_bytes // MEMORY_BYTES))
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass

@@ -97,3 +97,10 @@ def test_shares_of_the_time() -> None:
     assert budget.until(0.6) == pytest.approx(30, abs=1)
     assert budget.until(0.2) == 0
     assert Budget(1, start=time.monotonic() - 30).left == 0
+
+
+def test_as_many_exports_at_a_time_as_cores_and_memory_allow() -> None:
+    assert jobs.at_a_time(16, 128 << 30) == 4
+    assert jobs.at_a_time(16, 32 << 30) == 2
+    assert jobs.at_a_time(2, 8 << 30) == 1
+    assert jobs.memory_bytes() > 1 << 30
