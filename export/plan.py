@@ -16,7 +16,7 @@ from graphs.files import read_json
 from graphs.model import Request, bounded, choose, locate, read_preprocessor
 from graphs.spec import Architecture, TensorSpec
 from graphs.trace import build_fake, count_parameters
-from quant.recipe import recipe
+from quant.recipe import Recipe, recipe
 
 State = tuple[TensorSpec, ...]
 
@@ -97,17 +97,15 @@ def plan(request: Request, prompt_tokens: int, recipe_name: str | None) -> dict[
         "kv_cache_bytes": max(map(numbers.state_bytes, held), default=0),
         **architecture.facts(),
         "methods": methods,
-        "devices": {
-            key: estimate(work, held, device, Numbers.on_target(chosen, device.target))
-            for key, device in devices().items()
-        },
+        "devices": {key: estimate(work, held, device, chosen) for key, device in devices().items()},
     }
 
 
-def estimate(work: Work, held: Sequence[State], device: Device, numbers: Numbers) -> dict[str, Any]:
+def estimate(work: Work, held: Sequence[State], device: Device, chosen: Recipe) -> dict[str, Any]:
     """A device's row: `milliseconds` at the least, those expected where that is known; or why there are none."""
-    row: dict[str, Any] = {"about": device.about, "target": device.target, "floats": numbers.floats}
+    row: dict[str, Any] = {"about": device.about, "target": device.target}
     try:
+        numbers = Numbers.on_target(chosen, device.target)
         found = {shown: parts(call, numbers) for shown, call in work.calls.items()}
         bounds = {shown: 1e3 * device.bound(call) for shown, call in found.items()}
     except UserError as error:
@@ -115,6 +113,7 @@ def estimate(work: Work, held: Sequence[State], device: Device, numbers: Numbers
     expected = {shown: device.expected(call) for shown, call in found.items()}
     total = weight_bytes(work, numbers) + max(map(numbers.state_bytes, held), default=0)
     return row | {
+        "floats": numbers.floats,
         "fits": total < ROOM * device.memory * 1e9,
         "milliseconds": bounds,
         "expected_milliseconds": {shown: 1e3 * each for shown, each in expected.items() if each is not None},

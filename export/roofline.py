@@ -66,13 +66,15 @@ class Numbers:
 
     @classmethod
     def on_target(cls, recipe: Recipe, target: str) -> Numbers:
-        """As an export to `target` has it; `scheme` raises UserError where it takes none of a rule's.
+        """As an export to `target` has it, but that a target that lacks the recipe's floats has its own.
 
-        A target that lacks the recipe's floats has its own.
+        Raises UserError where it takes none of the caches, `scheme` where it takes none of a rule's schemes.
         """
         takes: Capabilities = load_target(target).capabilities
         floats = recipe.floats if recipe.floats in takes.floats else takes.floats[0]
-        kv_cache = next((kind for kind in recipe.kv_cache if kind in takes.kv_cache), "float")
+        kv_cache = next((kind for kind in recipe.kv_cache if kind in takes.kv_cache), None)
+        if kv_cache is None:
+            raise UserError(f"{target} keeps no {recipe.kv_cache[0]} KV cache")
 
         @cache
         def scheme(layer: Weighed) -> Scheme | None:

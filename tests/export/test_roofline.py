@@ -58,6 +58,8 @@ def test_layers_compute_in_what_their_activations_are() -> None:
 def test_a_target_that_lacks_a_recipes_floats_has_its_own() -> None:
     assert Numbers.on_target(recipe("reference-fp16"), "executorch").floats == "float32"
     assert Numbers.on_target(recipe("reference-bf16"), "tensorrt").floats == "bfloat16"
+    with pytest.raises(UserError, match="tensorrt keeps no int8 KV cache"):
+        Numbers.on_target(replace(recipe("reference-fp16"), kv_cache=("int8",)), "tensorrt")
 
 
 def test_numbers_that_a_device_lacks_are_refused() -> None:
