@@ -110,13 +110,13 @@ def estimate(work: Work, held: Sequence[State], device: Device, chosen: Recipe) 
         bounds = {shown: 1e3 * device.bound(call) for shown, call in found.items()}
     except UserError as error:
         return row | {"refused": str(error), "fits": False, "milliseconds": {}, "expected_milliseconds": {}}
-    expected = {shown: device.expected(call) for shown, call in found.items()}
+    expected = {shown: 1e3 * each for shown, call in found.items() if (each := device.expected(call)) is not None}
     total = weight_bytes(work, numbers) + max(map(numbers.state_bytes, held), default=0)
     return row | {
         "floats": numbers.floats,
         "fits": total < ROOM * device.memory * 1e9,
         "milliseconds": bounds,
-        "expected_milliseconds": {shown: 1e3 * each for shown, each in expected.items() if each is not None},
+        "expected_milliseconds": expected if len(expected) == len(bounds) else {},
     }
 
 
@@ -146,7 +146,7 @@ def describe(result: dict[str, Any]) -> str:
             continue
         for kind, milliseconds in (("bound", "milliseconds"), ("expected", "expected_milliseconds")):
             if found := device[milliseconds]:
-                row = "".join(f"{found[call]:>31,.2f}" if call in found else f"{'-':>31}" for call in calls)
+                row = "".join(f"{found[call]:>31,.2f}" for call in calls)
                 about = f"   {device['floats']:<11}{'yes' if device['fits'] else 'NO'}" if kind == "bound" else ""
                 lines.append(f"  {key if kind == 'bound' else '':<22}{kind:<10}{row}{about}")
     return "\n".join(lines)

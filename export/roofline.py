@@ -168,7 +168,7 @@ class Device:
         total = 0.0
         for part in found:
             if part.numbers not in self.compute:
-                raise UserError(f"does not compute in {part.numbers}: {nearest(part.numbers, list(self.compute))}")
+                raise UserError(f"does not compute in {part.numbers}, only in {', '.join(self.compute)}")
             peak = self.compute[part.numbers] * 1e12 * shares.get(part.numbers, 1.0)
             total += max(part.flops / peak, part.bytes / bandwidth)
         return total
