@@ -55,14 +55,14 @@ class Cuda:
             self._library = ctypes.CDLL(LIBRARY)
         except OSError as error:
             raise Unavailable("no NVIDIA GPU here") from error
-        count, device, self._context, stream = c_int(), c_int(), c_void_p(), c_void_p()
+        count, self._device, self._context, stream = c_int(), c_int(), c_void_p(), c_void_p()
         if self._library.cuInit(0) or self._library.cuDeviceGetCount(byref(count)) or not count.value:
             raise Unavailable("no NVIDIA GPU here")
-        self._call("cuDeviceGet", byref(device), 0)
+        self._call("cuDeviceGet", byref(self._device), 0)
         name = ctypes.create_string_buffer(128)
-        self._call("cuDeviceGetName", name, len(name), device)
+        self._call("cuDeviceGetName", name, len(name), self._device)
         self.device = name.value.decode(errors="replace")
-        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
         self.activate()
         self._call("cuStreamCreate", byref(stream), 0)
         self.stream = stream.value or 0
@@ -100,6 +100,13 @@ class Cuda:
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", c_void_p(self.stream))
 
+    def close(self) -> None:
+        """Leave the device to others: with the last who does, its context and the memory that this takes go."""
+        self.activate()
+        self._call("cuStreamDestroy_v2", c_void_p(self.stream))
+        self._call("cuCtxSetCurrent", c_void_p())  # the next library in this thread must not find what is gone
+        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+
     def free_bytes(self) -> int:
         """Device memory that nobody has, of this process or another."""
         free, total = c_size_t(), c_size_t()
@@ -109,11 +116,10 @@ class Cuda:
 
     def facts(self) -> dict[str, Any]:
         """Name, compute capability, memory in bytes, and the newest CUDA version that the driver knows."""
-        device, major, minor, version, total = c_int(), c_int(), c_int(), c_int(), c_size_t()
-        self._call("cuDeviceGet", byref(device), 0)
-        self._call("cuDeviceGetAttribute", byref(major), CAPABILITY_MAJOR, device)
-        self._call("cuDeviceGetAttribute", byref(minor), CAPABILITY_MINOR, device)
-        self._call("cuDeviceTotalMem_v2", byref(total), device)
+        major, minor, version, total = c_int(), c_int(), c_int(), c_size_t()
+        self._call("cuDeviceGetAttribute", byref(major), CAPABILITY_MAJOR, self._device)
+        self._call("cuDeviceGetAttribute", byref(minor), CAPABILITY_MINOR, self._device)
+        self._call("cuDeviceTotalMem_v2", byref(total), self._device)
         self._call("cuDriverGetVersion", byref(version))
         return {
             "name": self.device,

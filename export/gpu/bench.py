@@ -45,7 +45,9 @@ RUN_S = 90.0
 
 def facts() -> dict[str, Any]:
     """The machine and the versions that the numbers depend on. Raises Unavailable without a GPU."""
-    found = Cuda().facts() | {"driver": driver(), "cores": os.cpu_count(), "system": platform.platform()}
+    device = Cuda()
+    found = device.facts() | {"driver": driver(), "cores": os.cpu_count(), "system": platform.platform()}
+    device.close()
     packages: dict[str, str | None] = {}
     for name in ("torch", "tensorrt-rtx-cu13", "tensorrt-cu13", "onnx", "numpy"):
         try:

@@ -20,6 +20,8 @@ class Driver:
 
     def __init__(self) -> None:
         self.blocks: dict[int, Any] = {}
+        self.released = 0
+        self.current: int | None = None
         self.message = ctypes.create_string_buffer(b"out of memory")
         self.functions: dict[str, Any] = {}
         pointer, stream = c_uint64, c_void_p
@@ -31,9 +33,11 @@ class Driver:
         self.define("cuDeviceTotalMem_v2", lambda out, d: self.put(out, 150 * 10**9), POINTER(c_size_t), c_int)
         self.define("cuDriverGetVersion", lambda out: self.put(out, 12080), POINTER(c_int))
         self.define("cuDevicePrimaryCtxRetain", lambda out, d: self.put(out, CONTEXT), POINTER(c_void_p), c_int)
-        self.define("cuCtxSetCurrent", lambda context: context != CONTEXT, c_void_p)
+        self.define("cuCtxSetCurrent", self.set_current, c_void_p)
         self.define("cuStreamCreate", lambda out, flags: self.put(out, STREAM), POINTER(c_void_p), c_uint)
         self.define("cuStreamSynchronize", lambda s: s != STREAM, stream)
+        self.define("cuStreamDestroy_v2", lambda s: s != STREAM, stream)
+        self.define("cuDevicePrimaryCtxRelease_v2", self.release, c_int)
         self.define("cuMemGetInfo_v2", self.info, POINTER(c_size_t), POINTER(c_size_t))
         self.define("cuMemAlloc_v2", self.allocate, POINTER(pointer), c_size_t)
         self.define("cuMemFree_v2", lambda address: self.blocks.pop(address) is None, pointer)
@@ -44,6 +48,14 @@ class Driver:
 
     def define(self, name: str, function: Any, *arguments: Any) -> None:
         self.functions[name] = CFUNCTYPE(c_int, *arguments)(function)
+
+    def set_current(self, context: int | None) -> int:
+        self.current = context
+        return int(context not in (None, CONTEXT))
+
+    def release(self, device: int) -> int:
+        self.released += 1
+        return int(device != DEVICE)
 
     def accept(self, *arguments: object) -> int:
         return 0
@@ -98,6 +110,13 @@ def test_facts(device: tuple[cuda.Cuda, Driver]) -> None:
     expected = {"name": "A GPU", "compute_capability": "9.0", "memory_bytes": 150 * 10**9, "cuda": "12.8"}
     assert found.facts() == expected
     assert (found.device, found.stream, found.free_bytes()) == ("A GPU", STREAM, 123 * 10**9)
+
+
+def test_a_closed_device_is_left_and_no_longer_current(device: tuple[cuda.Cuda, Driver]) -> None:
+    found, driver = device
+    assert driver.current == CONTEXT
+    found.close()
+    assert (driver.current, driver.released) == (None, 1)
 
 
 def test_memory_there_and_back(device: tuple[cuda.Cuda, Driver]) -> None:
