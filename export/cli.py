@@ -43,14 +43,25 @@ def request_of(args: argparse.Namespace) -> Any:
 def export_command(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Result, str]:
     """`vlmx export`."""
     from calibration.source import Calibration
+    from export.ceiling import watched
     from export.pipeline import ExportOptions, export
 
     extra = {key: value for key in ("delegate", "builder") if (value := getattr(args, key)) is not None}
     calibration = Calibration(args.calibration, args.calibration_count, args.calibration_seed)
     options = ExportOptions(
-        request_of(args), args.target, args.quant, calibration, args.compress, args.out, args.force, args.verify, extra
+        request_of(args),
+        args.target,
+        args.quant,
+        calibration,
+        args.compress,
+        args.out,
+        args.force,
+        args.verify,
+        args.max_memory,
+        extra,
     )
-    out = export(options, say)
+    with watched(args.max_memory):
+        out = export(options, say)
     manifest = json.loads((out / "manifest.json").read_text())
     total = sum(record["bytes"] for record in manifest["files"].values())
     lines = [f"{out}: {len(manifest['files'])} files, {total / 2**20:.1f} MiB"]
@@ -159,6 +170,16 @@ def positive(text: str) -> int:
     return value
 
 
+def memory(text: str) -> int:
+    """An argument that is a size in bytes."""
+    from export.ceiling import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def temperature(text: str) -> float:
     """An argument that is a temperature."""
     value = float(text)
@@ -216,6 +237,12 @@ def parser() -> Parser:
         default="auto",
         metavar="HOW",
         help="whole, sample (one layer of each kind), or auto: whole up to 1 GiB of float32 weights",
+    )
+    added.add_argument(
+        "--max-memory",
+        type=memory,
+        metavar="SIZE",
+        help="as in 2GiB: refuse an export that will take more, stop one that does",
     )
     added.add_argument("--delegate", metavar="NAME", help="executorch: the delegate")
     added.add_argument("--builder", metavar="NAME", help="tensorrt: tensorrt or tensorrt-rtx")

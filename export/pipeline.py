@@ -15,6 +15,7 @@ import torch
 
 from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
+from export.ceiling import check_memory, needed
 from export.gate import Limit, execute, words
 from export.memory import reclaim
 from export.sample import Sample, check_verify, lower_part
@@ -61,6 +62,7 @@ class ExportOptions:
     out: Path | None = None  # None: bundles/VARIANT-TARGET
     force: bool = False
     verify: str = "auto"  # one of `export.sample.VERIFY`
+    max_memory: int | None = None  # bytes that the process may take
     extra: Mapping[str, str] = field(default_factory=dict)  # the target's own options
 
 
@@ -179,6 +181,9 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             say(f"visual tokens: {tokens['before']} -> {tokens['after']}")
         prompt = prompt_record(model, tokens["after"])
         resolved = resolve(chosen, compressed, options.target, table)
+        if options.max_memory is not None:
+            part = Sample.choose(source, compressed, options.verify).of(compressed)
+            check_memory(needed(table, compressed, part, resolved), options.max_memory)
     with stages("calibrate", options.calibration.about() if resolved.needs_statistics else "not needed") as say:
         statistics = None
         if resolved.needs_statistics:

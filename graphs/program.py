@@ -6,9 +6,11 @@ Weights stay where they are (a memory-mapped checkpoint, a generator of random o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -18,6 +20,12 @@ from graphs.weights import NamedWeights
 
 #: a tensor, or what computes it each time it is asked for, so that memory holds one at a time
 Constant = Tensor | Callable[[], Tensor]
+
+
+def zeros(like: Tensor) -> Tensor:
+    """Zeros of a fake tensor's shape and dtype, which take memory where they are written: torch writes its own."""
+    count = math.prod(like.shape) * like.element_size()
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(like.shape)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Program:
         traced = self.methods[method]
         fake = traced.exported.state_dict[entry]
         if entry in {spec.name for spec in traced.signature.state}:
-            return torch.zeros(fake.shape, dtype=fake.dtype)
+            return zeros(fake)
         name = traced.weight_names[entry]
         value = self.value(name)
         if value.shape != fake.shape:

@@ -45,6 +45,8 @@ class ExecuTorchTarget:
             "embedding": ("w8", "w4", "w8g32", "w4g32"),
         },
         kv_cache=("float", "int8"),
+        base_bytes=640 << 20,
+        held=1.3,  # the file's bytes are collected before they are written
     )
 
     def legalize(self, program: Program) -> Program:

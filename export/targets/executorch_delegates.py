@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -39,9 +38,7 @@ def hollow(program: Program, method: str) -> ExportedProgram:
     states = {spec.name for spec in program.methods[method].signature.state}
 
     def value(entry: str, fake: Tensor) -> Tensor:
-        if entry in states:
-            return zeros(fake)
-        if math.prod(fake.shape) * fake.element_size() < HOLLOW_BYTES:
+        if entry in states or math.prod(fake.shape) * fake.element_size() < HOLLOW_BYTES:
             return program.tensor(method, entry)
         return torch.empty(fake.shape, dtype=fake.dtype)
 
@@ -49,12 +46,6 @@ def hollow(program: Program, method: str) -> ExportedProgram:
     for tensor in exported.state_dict.values():
         shared(tensor)
     return exported
-
-
-def zeros(fake: Tensor) -> Tensor:
-    """Zeros of a fake tensor's shape and dtype, which take memory where they are written: torch writes its own."""
-    count = math.prod(fake.shape) * fake.element_size()
-    return torch.from_numpy(np.zeros(count, np.uint8)).view(fake.dtype).view(fake.shape)
 
 
 def shared(tensor: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class OnnxRuntimeTarget:
         schemes={"linear": LINEAR, "conv": ("w8a8o", "w8"), "embedding": EMBEDDING},
         kv_cache=("float", "int8"),
         runs_on="CPUs; through ONNX Runtime's execution providers also GPUs and NPUs",
+        base_bytes=520 << 20,
     )
 
     def legalize(self, program: Program) -> Program:

@@ -1,0 +1,94 @@
+"""`--max-memory`: sizes, the estimate, its refusal, and the watch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.ceiling import check_memory, needed, parse_bytes, watched
+from export.cli import main
+from export.memory import resident_bytes
+from export.sample import Sample, float32_bytes
+from export.targets.base import TARGETS, load_target
+from graphs.errors import UserError
+from quant.recipe import recipe
+from quant.resolve import resolve
+from tests.tiny import tiny_program
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GiB", 2 << 30), ("1.5 gib", 3 << 29), ("900MB", 900_000_000), ("512m", 512 << 20), ("4096", 4096)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "2 GiX", "0", "1e400", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no size|is not above 0"):
+        parse_bytes(text)
+
+
+def test_stages_and_their_refusal() -> None:
+    program = tiny_program("tiny")
+    table = load_target("onnxruntime").capabilities
+    plain, learned = (
+        resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-small")
+    )
+    part = Sample.choose(program, program, "sample").of(program)
+    sampled, whole = needed(table, program, part, plain), needed(table, program, program, plain)
+    assert set(sampled) == {"verify", "lower"}
+    assert sampled["verify"] - table.base_bytes == pytest.approx(1.3 * float32_bytes(part), abs=1)
+    assert sampled["verify"] < whole["verify"]
+    calibrated = needed(table, program, part, learned)
+    assert calibrated["calibrate"] - table.base_bytes > float32_bytes(program)
+    check_memory(whole, None)
+    check_memory(whole, max(whole.values()))
+    with pytest.raises(
+        UserError, match=r"0\.10 GiB is not enough: verify will take about .* --verify sample takes less"
+    ):
+        check_memory(whole, 100 << 20)
+    with pytest.raises(UserError, match=r"calibrate will take about .* a recipe without calibration"):
+        check_memory(calibrated, 100 << 20)
+
+
+def test_every_target_says_what_it_takes() -> None:
+    for name in TARGETS:
+        assert load_target(name).capabilities.base_bytes >= 500 << 20
+
+
+def grow(held: list[np.ndarray[tuple[int], np.dtype[np.float64]]], ceiling: int) -> None:
+    """Take memory, a MiB at a time, until someone stops it."""
+    with watched(ceiling):
+        while len(held) < 4000:
+            held.append(np.ones(1 << 17))
+
+
+def test_the_watch_stops_what_goes_beyond() -> None:
+    ceiling = resident_bytes() + (100 << 20)
+    held: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+    with pytest.raises(UserError, match="stopped: the export was about to take more than --max-memory"):
+        grow(held, ceiling)
+    assert 50 < len(held) < 400
+    with watched(resident_bytes() + (1 << 30)):
+        assert len(held) > 50
+
+
+def test_an_interrupt_of_the_users_is_one() -> None:
+    with pytest.raises(KeyboardInterrupt), watched(1 << 40):
+        raise KeyboardInterrupt
+
+
+def test_the_command_refuses_before_it_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made" / "b"
+    status = main(
+        ["export", "mobilevlm", "--target", "onnxruntime", "--max-memory", "300MiB", "--out", str(out), "--quiet"]
+    )
+    error = capfd.readouterr().err
+    assert status == 2
+    assert "--max-memory 0.29 GiB" in error
+    assert len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
