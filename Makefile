@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+PEERS := .venv-peers
+READY_PEERS := $(PEERS)/.ready
 
 MODEL ?= mobilevlm
 TARGET ?= onnxruntime
@@ -57,8 +59,11 @@ frontier: $(READY) ## accuracy against latency of passes x recipes x targets, in
 bench-gpu: $(READY) ## TensorRT engines on this NVIDIA GPU beside torch, into docs/benchmarks/gpu.* (ten minutes; CHECKPOINT, TORCH_PYTHON)
 	@$(BIN)/python -m export.gpu.bench $(call flag,CHECKPOINT,checkpoint) $(call flag,MINUTES,minutes) $(call flag,TORCH_PYTHON,torch-python)
 
+bench-peers: $(READY_PEERS) ## ours beside llama.cpp, onnxruntime-genai and others, into docs/benchmarks (half an hour; resumes)
+	@$(PEERS)/bin/python -m peers $(if $(ROUNDS),--rounds $(ROUNDS))
+
 clean: ## remove the environment and caches (bundles stay)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
@@ -77,4 +82,15 @@ $(READY_DEV): requirements-dev.lock $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev.lock
 	@touch $@
 
-.PHONY: help export test lint doctor zoo evaluate agreement matrix frontier bench-gpu clean
+# an environment on top of the other: a link to its packages, and the peers'. What cannot be installed is tried again next time
+$(READY_PEERS): peers/requirements.lock $(READY_DEV)
+	@echo "vlmx: installing the peers in $(PEERS) (builds llama.cpp: ten minutes of two cores, once)" >&2
+	@$(BIN)/python -m venv --without-pip $(PEERS)
+	@for of in $(BIN) $(PEERS)/bin; do $$of/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done \
+	  | { read -r ours; read -r theirs; echo "import site; site.addsitedir('$$ours')" > "$$theirs/vlmx.pth"; }
+	@missing=; for package in $$(grep -v '^#' peers/requirements.lock); do \
+	  CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip --python $(PEERS)/bin/python install --quiet \
+	    --disable-pip-version-check --no-deps "$$package" || { missing=1; echo "vlmx: $$package is not installed" >&2; }; \
+	done; [ "$$missing" ] || touch $@
+
+.PHONY: help export test lint doctor zoo evaluate agreement matrix frontier bench-gpu bench-peers clean

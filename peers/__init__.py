@@ -1,0 +1,1 @@
+"""Ours beside the peers: the same shapes, the same threads, one run (`make bench-peers`)."""

@@ -1,0 +1,1 @@
+"""ExecuTorch's own flow for language models."""

@@ -1,0 +1,1 @@
+"""onnxruntime-genai: the decoder as its own model builder makes it."""

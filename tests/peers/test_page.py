@@ -1,0 +1,102 @@
+"""Goals judged on rows, and the page and picture that show them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from peers.goals import Goal, Row, judged
+from peers.machine import described
+from peers.page import page
+from peers.picture import picture
+
+
+def row(name: str, ours: bool = False, db: float = 40.0, **seconds: float) -> Row:
+    counts = {"prefill": 160, "decode": 64}
+    making = {"seconds": 29.0, "peak_rss_bytes": int(0.9e9), "artefacts": {name: {"bytes": 5 << 20}}}
+    return {
+        "name": name,
+        "ours": ours,
+        "about": "int4",
+        "version": "v1",
+        "why": None,
+        "medians": seconds,
+        "tokens_per_s": {m: counts[m] / s for m, s in seconds.items() if m in counts},
+        "seconds": {m: [s] * 5 for m, s in seconds.items()},
+        "accuracy_db": {"vision": db} if "vision" in seconds else {},
+        "load_seconds": 1.0,
+        "peak_rss_bytes": 100 << 20,
+        "file_bytes": 5 << 20,
+        "making": making if ours else None,
+    }
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    return [
+        row("vlmx onnxruntime", True, prefill=1.0, decode=2.0, vision=0.8, ttft=2.0),
+        row("vlmx executorch", True, db=24.0, prefill=1.2, decode=2.2, vision=0.7, ttft=2.1),
+        row("llama.cpp", prefill=1.6, decode=2.1, vision=2.0, ttft=3.9),
+        row("onnxruntime-genai", prefill=3.2, decode=3.0),
+    ]
+
+
+def verdicts(rows: list[Row]) -> list[bool | None]:
+    return [goal.met for goal in judged(rows)]
+
+
+def test_goals_are_judged_by_ratio_and_accuracy(rows: list[Row]) -> None:
+    decode, each, prefill, vision, first, onnx, pte = judged(rows)
+    assert decode.met
+    assert decode.evidence == "vlmx onnxruntime 1.05 times, vlmx executorch 0.95 times"
+    assert each.met
+    assert prefill.met
+    assert vision.met
+    assert "0.70 s at 24.0 dB" in vision.evidence
+    assert first.met is False
+    assert "1.95 times" in first.evidence
+    assert onnx.met
+    assert pte.met
+
+
+def test_goals_just_missed(rows: list[Row]) -> None:
+    rows[0]["medians"] |= {"decode": 2.2, "prefill": 1.1, "vision": 0.86, "ttft": 1.9}
+    rows[0]["making"]["peak_rss_bytes"] = int(1.1e9)
+    rows[1]["medians"]["decode"] = 2.4  # not 1.3 times, though the other is
+    assert verdicts(rows) == [False, False, False, False, True, False, True]
+
+
+def test_an_inaccurate_tower_meets_nothing(rows: list[Row]) -> None:
+    rows[0]["accuracy_db"] = {}
+    assert verdicts(rows)[3] is False
+
+
+def test_what_was_not_measured_is_not_judged(rows: list[Row]) -> None:
+    assert verdicts(rows[:2]) == [None, None, None, True, None, True, True]
+    rows[1]["medians"] = {}
+    assert judged(rows)[1].met is False  # one of ours has no number: not each of them met it
+    assert verdicts([]) == [None] * 7
+
+
+def document(rows: list[Row]) -> dict[str, Any]:
+    return {"machine": described(), "load_average": {"before running": 0.4}, "rounds": 5, "rows": rows}
+
+
+def test_the_page_has_a_row_each_and_says_why_some_did_not_run(rows: list[Row]) -> None:
+    broken = copy.deepcopy(rows[3]) | {"name": "broken", "why": "no compiler", "medians": {}, "version": None}
+    written = page(document([*rows, broken]), judged(rows))
+    assert "| vlmx onnxruntime | 160.0 (1.60x) | 32.0 (1.05x) | 0.80 (2.50x) | 2.00 (1.95x) |" in written
+    assert "| llama.cpp | 100.0 | 30.5 | 2.00 | 3.90 |" in written
+    assert "| onnxruntime-genai | 50.0 (0.50x) | 21.3 (0.70x) | - | - |" in written
+    assert "* broken: not run: no compiler" in written
+    assert "| time to the first token at most half of llama.cpp's | vlmx onnxruntime 1.95 times" in written
+    assert page(document(rows), [Goal("a", "b", None)]).count("not judged") == 1
+
+
+def test_the_picture_has_a_bar_for_each_number(rows: list[Row]) -> None:
+    drawn = picture(rows, "a & b")
+    assert drawn.count("<rect") == 1 + 4 + 4 + 3 + 3 + 4
+    assert "a &amp; b" in drawn
+    assert "<title>onnxruntime-genai: 50.0</title>" in drawn
