@@ -84,12 +84,12 @@ $(READY_DEV): requirements-dev.lock $(READY)
 
 # an environment on top of the other: a link to its packages, and the peers'. What cannot be installed is tried again next time
 $(READY_PEERS): peers/requirements.lock $(READY_DEV)
-	@echo "vlmx: installing the peers in $(PEERS) (builds llama.cpp: ten minutes of two cores, once)" >&2
+	@echo "vlmx: installing the peers in $(PEERS) (builds llama.cpp: some ten minutes of two cores, once)" >&2
 	@$(BIN)/python -m venv --without-pip $(PEERS)
 	@for of in $(BIN) $(PEERS)/bin; do $$of/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done \
 	  | { read -r ours; read -r theirs; echo "import site; site.addsitedir('$$ours')" > "$$theirs/vlmx.pth"; }
 	@missing=; for package in $$(grep -v '^#' peers/requirements.lock); do \
-	  CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip --python $(PEERS)/bin/python install --quiet \
+	  CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/peers/llama_cpp/build.cmake" $(BIN)/python -m pip --python $(PEERS)/bin/python install --quiet \
 	    --disable-pip-version-check --no-deps "$$package" || { missing=1; echo "vlmx: $$package is not installed" >&2; }; \
 	done; [ "$$missing" ] || touch $@
 

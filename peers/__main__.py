@@ -50,18 +50,15 @@ def made(workshop: Workshop, names: Sequence[str]) -> dict[str, Made | str]:
     return found
 
 
-def start(contender: Contender, artefacts: dict[str, Made | str], workshop: Workshop) -> Process | str:
-    """The running worker, or why there is none."""
-    if failed := [why for why in artefacts.values() if isinstance(why, str)]:
-        return failed[0]
+def start(contender: Contender, artefacts: Mapping[str, Made | str], workshop: Workshop) -> Process:
+    """The running worker. Raises `Failed`, too where an artefact is missing."""
+    for found in artefacts.values():
+        if isinstance(found, str):
+            raise Failed(found)
     workshop.progress(f"{contender.name}: loading")
     directories = [str(workshop.place(name)) for name in contender.artefacts]
-    try:
-        return Process(
-            ["peers.worker", contender.worker, *directories], workshop.directory / f"worker-{slug(contender)}.log"
-        )
-    except Failed as failed:
-        return str(failed)
+    log = workshop.directory / f"worker-{slug(contender)}.log"
+    return Process(["peers.worker", contender.worker, *directories], log)
 
 
 def slug(contender: Contender) -> str:
@@ -76,14 +73,18 @@ def compete(
     outputs = workshop.place("outputs")
     shutil.rmtree(outputs, ignore_errors=True)
     outputs.mkdir()
-    started = {slug(contender): start(contender, artefacts[contender.name], workshop) for contender in chosen}
-    running = {name: process for name, process in started.items() if isinstance(process, Process)}
+    running: dict[str, Process] = {}
+    failed: dict[str, Result] = {}
     try:
-        results = alternate(running, rounds, outputs, workshop.progress)
+        for contender in chosen:
+            try:
+                running[slug(contender)] = start(contender, artefacts[contender.name], workshop)
+            except Failed as why:
+                failed[slug(contender)] = Result(why=str(why))
+        return {**alternate(running, rounds, outputs, workshop.progress), **failed}
     finally:
         for process in running.values():
             process.kill()
-    return {**results, **{name: Result(why=why) for name, why in started.items() if isinstance(why, str)}}
 
 
 def bench(workshop: Workshop, chosen: Sequence[Contender], rounds: int) -> dict[str, Any]:

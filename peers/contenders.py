@@ -126,7 +126,7 @@ CONTENDERS = (
     ),
     Contender(
         "llama.cpp, f16 tower",
-        "peers.llama_cpp.pictures",
+        "peers.llama_cpp.tower",
         ("gguf-text", "gguf-vision-f16"),
         "tower and projector float16, as its converter leaves them",
     ),

@@ -61,6 +61,20 @@ def run_tables(rows: Sequence[Row]) -> list[str]:
         "Peak memory is the whole process's, from its start. SQNR of each measure's output against float32, in dB:",
         "",
         *table(["", *(measure for measure, _ in TIMES)], exact),
+        *class_last(ran),
+    ]
+
+
+def class_last(rows: Sequence[Row]) -> list[str]:
+    """Towers whose output is another: how near they are to float32 with the class token behind the patches."""
+    found = {row["name"]: row["accuracy_db"].get("vision_class_last") for row in rows}
+    near = [f"{name} {db:.1f} dB" for name, db in found.items() if db is not None]
+    if not near:
+        return []
+    return [
+        "",
+        "Where vision is far off, the tower is another: float32 with the class token behind the patches, and the first "
+        f"patch left out in its place, agrees with {', '.join(near)}.",
     ]
 
 

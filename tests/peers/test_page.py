@@ -100,3 +100,9 @@ def test_the_picture_has_a_bar_for_each_number(rows: list[Row]) -> None:
     assert drawn.count("<rect") == 1 + 4 + 4 + 3 + 3 + 4
     assert "a &amp; b" in drawn
     assert "<title>onnxruntime-genai: 50.0</title>" in drawn
+
+
+def test_a_tower_that_computes_something_else_is_named(rows: list[Row]) -> None:
+    assert "is another" not in page(document(rows), [])
+    rows[2]["accuracy_db"] = {"vision": 3.4, "vision_class_last": 63.6}
+    assert "agrees with llama.cpp 63.6 dB." in page(document(rows), [])

@@ -1,0 +1,28 @@
+"""llama.cpp's multimodal library alone; of the language model it is given no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import llama_cpp
+
+from peers.llama_cpp.pictures import Pictures
+from peers.llama_cpp.text import Text
+from peers.load import Array
+
+
+class Tower:
+    """The tower and its projector."""
+
+    def __init__(self, text: Path, vision: Path) -> None:
+        self.text = Text(text / "text.gguf", vocabulary_only=True)
+        self.pictures = Pictures(vision / "vision.gguf", self.text)
+        self.version = f"llama-cpp-python {llama_cpp.__version__}"
+
+    def vision(self) -> Array:
+        return self.pictures.read()
+
+
+def load(text: Path, vision: Path) -> Tower:
+    """The contender over the language model's artefact and a tower's."""
+    return Tower(text, vision)
