@@ -139,7 +139,7 @@ def main() -> None:
     say = to_stderr(time.monotonic())
     options.work.mkdir(parents=True, exist_ok=True)
     chosen = [contender for contender in CONTENDERS if contender.name in options.only]
-    write(bench(Workshop(ARTEFACTS, options.work, say), chosen, options.rounds), options.out)
+    write(bench(Workshop(ARTEFACTS, options.work.resolve(), say), chosen, options.rounds), options.out)
     say(f"{options.out}/peers.json, peers.md, peers.svg")
 
 

@@ -12,6 +12,7 @@ import torch
 from executorch.runtime import Runtime
 
 from peers import load as what
+from peers.executorch.threads import bound
 from peers.load import Array
 
 
@@ -19,6 +20,7 @@ class Own:
     """Its one method takes token ids and the position of the first; the cache is the program's own."""
 
     def __init__(self, directory: Path) -> None:
+        bound()
         self.program = Runtime.get().load_program(directory / "model.pte")
         method = self.program.load_method("forward")
         assert method is not None

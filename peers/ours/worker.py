@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from peers import load as what
+from peers.executorch.threads import bound
 from peers.load import Array
 from runtimes.base import load_runtime
 from runtimes.manifest import Bundle
 
 
 class Ours:
-    """Loaded with as many threads as everyone has, where the runtime can be told."""
+    """Loaded with as many threads as everyone has."""
 
     def __init__(self, directory: Path) -> None:
         bundle = Bundle.open(directory / "bundle")
+        if bundle.target == "executorch":
+            bound()
         details = {**bundle.artifact.details, "threads": what.THREADS}
         self.runtime = load_runtime(bundle.target, replace(bundle.artifact, details=details))
         self.version = self.runtime.version
