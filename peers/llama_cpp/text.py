@@ -12,6 +12,13 @@ from peers import load as what
 from peers.load import Array
 
 
+def version() -> str:
+    """Of the package, and what its build uses of the processor."""
+    info = llama_cpp.llama_print_system_info().decode().replace(":", "|").split("|")
+    used = [part.split("=")[0].strip() for part in info if part.strip().endswith("= 1")]
+    return f"llama-cpp-python {llama_cpp.__version__} ({', '.join(used)})"
+
+
 class Text:
     """A model, its context, and the tokens that stand in the cache; no context where only the vocabulary is read."""
 

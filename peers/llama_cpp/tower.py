@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import llama_cpp
-
 from peers.llama_cpp.pictures import Pictures
-from peers.llama_cpp.text import Text
+from peers.llama_cpp.text import Text, version
 from peers.load import Array
 
 
@@ -17,7 +15,7 @@ class Tower:
     def __init__(self, text: Path, vision: Path) -> None:
         self.text = Text(text / "text.gguf", vocabulary_only=True)
         self.pictures = Pictures(vision / "vision.gguf", self.text)
-        self.version = f"llama-cpp-python {llama_cpp.__version__}"
+        self.version = version()
 
     def vision(self) -> Array:
         return self.pictures.read()

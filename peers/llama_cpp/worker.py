@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import llama_cpp
-
 from peers import load as what
 from peers.llama_cpp.pictures import Pictures
-from peers.llama_cpp.text import Text
+from peers.llama_cpp.text import Text, version
 from peers.load import Array
 
 
@@ -18,7 +16,7 @@ class LlamaCpp:
     def __init__(self, text: Path, vision: Path) -> None:
         self.text = Text(text / "text.gguf")
         self.pictures = Pictures(vision / "vision.gguf", self.text)
-        self.version = f"llama-cpp-python {llama_cpp.__version__}"
+        self.version = version()
 
     def prefill(self) -> Array:
         self.text.rewind(0)
