@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peers.goals import LLAMA, Goal, Row, named
@@ -114,7 +114,7 @@ Contenders take turns, each stopped while another is measured; medians of {round
 
 {machine}
 
-Load average of the machine, at most {threads} where nothing else runs: {loads}.
+Load average of the machine, about {threads} where nothing else runs: {loads}.{busy}
 
 ![medians](peers.svg)
 
@@ -135,6 +135,16 @@ checkpoint into the layout that a tool reads is not counted.
 
 {making}
 """
+
+
+#: load average from which on something else must have been running
+BUSY = THREADS + 1.5
+
+
+def busy(loads: Mapping[str, float]) -> str:
+    """A warning where the machine had other work."""
+    beside = max(loads.values(), default=0.0) > BUSY
+    return " **Something else was running: these figures tell little, their ratios not much more.**" if beside else ""
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -160,6 +170,7 @@ def page(document: dict[str, Any], goals: Sequence[Goal]) -> str:
         rounds=document["rounds"],
         machine=machine_line(document["machine"]),
         loads=", ".join(f"{load:.1f} {when}" for when, load in document["load_average"].items()),
+        busy=busy(document["load_average"]),
         tables="\n".join([*run_tables(rows), *missing(rows)]),
         about="\n".join(f"* {row['name']}: {row['about']}; {row['version'] or 'not run'}" for row in rows),
         goals="\n".join(judged(goals)),

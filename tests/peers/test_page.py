@@ -106,3 +106,9 @@ def test_a_tower_that_computes_something_else_is_named(rows: list[Row]) -> None:
     assert "is another" not in page(document(rows), [])
     rows[2]["accuracy_db"] = {"vision": 3.4, "vision_class_last": 63.6}
     assert "agrees with llama.cpp 63.6 dB." in page(document(rows), [])
+
+
+def test_a_busy_machine_is_told(rows: list[Row]) -> None:
+    quiet = document(rows)
+    assert "Something else was running" not in page(quiet, [])
+    assert "Something else was running" in page(quiet | {"load_average": {"before making": 0.1, "x": 7.0}}, [])
