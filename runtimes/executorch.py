@@ -71,6 +71,7 @@ class ExecuTorchRuntime:
     @classmethod
     def load(cls, artifact: Artifact) -> Self:
         try:
+            import executorch.extension.llm.custom_ops.custom_ops  # registers attention over a cache
             import executorch.kernels.quantized  # noqa: F401  # registers the kernels of quantized embeddings
             from executorch.runtime import Runtime, Verification
         except ImportError as error:

@@ -42,6 +42,7 @@ def bindings() -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         importlib.import_module("executorch.kernels.quantized")  # linked by the stock apps: quantized embeddings
+        importlib.import_module("executorch.extension.llm.custom_ops.custom_ops")  # the same: attention over a cache
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[name]

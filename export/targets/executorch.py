@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.layouts.executorch import constant_methods
-from export.targets import executorch_graph, executorch_grow, executorch_kernels, executorch_quant
+from export.targets import executorch_attention, executorch_graph, executorch_grow, executorch_kernels, executorch_quant
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.executorch_delegates import Delegates, fill, hollow
 from graphs.errors import UserError, nearest
@@ -98,7 +98,7 @@ def lowered(
     """All methods as ExecuTorch's edge programs: of `stacks` three layers are lowered, and the others made of them."""
     from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
 
-    legal = executorch_graph.legalize(shorten(program, executorch_grow.middle(stacks)))
+    legal = executorch_graph.legalize(executorch_attention.attend(shorten(program, executorch_grow.middle(stacks))))
     delegates = Delegates(legal, program)
     with delegates.used():
         edge = to_edge_transform_and_lower(
