@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from export.memory import reclaim
 from export.targets import coreml_convert, coreml_graph
 from export.targets.base import LIMITS, Capabilities, Lowered, LowerOptions
 from graphs.program import Program
@@ -48,6 +49,8 @@ class CoreMLTarget:
             "embedding": WEIGHTS,
         },
         default_recipe="reference-fp16",
+        base_bytes=700 << 20,
+        held=3.0,  # integers a byte each, coremltools' copies of them, and what it packs
         native=frozenset(PRECISION),
         gates={"float32": LIMITS["float16"]},
     )
@@ -79,6 +82,8 @@ class CoreMLTarget:
                 "operators": counts,
                 "weight_bytes": coreml_convert.weight_bytes(path),
             }
+            del model
+            reclaim()  # what coremltools made of one method's weights, before the next one's
         return Lowered(files, {"minimum": "iOS18", "methods": methods}, {"coremltools": version("coremltools")})
 
 

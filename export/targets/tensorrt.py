@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+from export.memory import reclaim
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, operators, write
 from export.targets.onnx_reference import evaluate
@@ -30,6 +31,8 @@ class TensorRTTarget:
         },
         symmetric=True,
         gates={"bfloat16": 5e-2},
+        base_bytes=760 << 20,
+        held=3.2,  # the ONNX model, the parser's copy of it, and what the builder packs
     )
 
     def legalize(self, program: Program) -> Program:
@@ -77,6 +80,8 @@ class TensorRTTarget:
                     "bytes": engine.data.nbytes,
                     "header": bytes(engine.data[:HEADER_BYTES]).hex(),
                 }
+                del engine, model
+                reclaim()  # before the next method's weights
         details = {
             "builder": {"name": library.name, "version": trt.__version__, "engines_run_on": library.engines},
             "opset": OPSET,
