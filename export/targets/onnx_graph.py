@@ -32,6 +32,9 @@ from graphs.program import Program, Signature
 #: the first with blocked int4 Q/DQ, and with `Gelu`; later ones make ONNX Runtime no faster, TensorRT parses them all
 OPSET = 21
 
+#: an operator and which of its inputs -> the output that may be in the same buffer
+OVERWRITES = {("ScatterND", 0): 0, ("GroupQueryAttention", 3): 1, ("GroupQueryAttention", 4): 2}
+
 #: a change of the graph in place
 Fusion = Callable[[ir.Model], None]
 
@@ -42,11 +45,18 @@ SHARED_SIZE = 16
 INLINE_BYTES = 1024
 
 
-def emit(program: Program, method: str, fusions: Sequence[Fusion] = (), opset: int = OPSET) -> ir.Model:
+def emit(
+    program: Program,
+    method: str,
+    fusions: Sequence[Fusion] = (),
+    opset: int = OPSET,
+    last_fusions: Sequence[Fusion] = (),
+) -> ir.Model:
     """The ONNX model of one method, named as its signature says, its weights still unread.
 
     `fusions` put a target's own operators where quantized weights and activations (nodes of the domain `vlmx`, see
-    `onnx_quant_ops`) allow them; what they leave becomes standard ONNX.
+    `onnx_quant_ops`) allow them; what they leave becomes standard ONNX. `last_fusions` see that, simplified: nodes of
+    constants are initializers there, and what is equal is one.
     The method must own no state (`state_io.explicit_state`).
     """
     traced = program.methods[method]
@@ -63,6 +73,10 @@ def emit(program: Program, method: str, fusions: Sequence[Fusion] = (), opset: i
     standardize(model)
     fold_transposes(model)
     simplify(model)
+    if last_fusions:
+        for fuse in last_fusions:
+            fuse(model)
+        tidy(model)
     name_dims(model, signature)
     strip_metadata(model)
     return model
@@ -128,9 +142,14 @@ def fold_transposes(model: ir.Model) -> None:
 
 
 def simplify(model: ir.Model) -> None:
-    """Fold what is constant, drop what is unused, compute what is shared once."""
+    """Fold what is constant, and tidy what that leaves."""
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True)
+    tidy(model)
+
+
+def tidy(model: ir.Model) -> None:
+    """Drop what is unused, compute what is shared once."""
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
@@ -186,13 +205,14 @@ def operators(model: ir.Model) -> dict[str, int]:
 
 
 def in_place(model: ir.Model, pairs: Mapping[str, str]) -> list[str]:
-    """The state inputs that only one scatter reads, which writes their output: one buffer may serve as both."""
+    """The state inputs that only one node reads, which writes their output in place: one buffer may serve as both."""
     values = {value.name: value for value in [*model.graph.inputs, *model.graph.outputs]}
-    scatters = {past: values[present].producer() for past, present in pairs.items()}
-    return [
-        past
-        for past, scatter in scatters.items()
-        if scatter is not None
-        and scatter.op_type == "ScatterND"
-        and [(usage.node, usage.idx) for usage in values[past].uses()] == [(scatter, 0)]
-    ]
+    return [past for past, present in pairs.items() if written_over(values[past], values[present])]
+
+
+def written_over(past: ir.Value, present: ir.Value) -> bool:
+    """Whether the one node that reads `past` makes `present` of it, and may do so in the same buffer."""
+    node, uses = present.producer(), list(past.uses())
+    if node is None or len(uses) != 1 or uses[0].node is not node:
+        return False
+    return OVERWRITES.get((node.op_type, uses[0].idx)) == node.outputs.index(present)

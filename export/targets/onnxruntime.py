@@ -13,7 +13,9 @@ import onnx
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, in_place, operators, write
 from export.targets.ort_activations import fuse_integer, unsigned_activations
+from export.targets.ort_attention import fuse_attention
 from export.targets.ort_embedding import fuse_embedding
+from export.targets.ort_joined import join_layers
 from export.targets.ort_linear import fuse_linear
 from export.targets.state_io import explicit_state, state_pairs
 from graphs.errors import GateError
@@ -34,6 +36,7 @@ EMBEDDING = tuple(f"w{bits}{group}" for bits in (8, 4, 3) for group in ("", *GRO
 
 #: ONNX Runtime's own operators and number formats for quantized layers
 FUSIONS = (unsigned_activations, fuse_integer, fuse_linear, fuse_embedding)
+LAST_FUSIONS = (fuse_attention, join_layers)
 
 
 def optimized_operators(path: Path) -> dict[str, int]:
@@ -76,7 +79,7 @@ class OnnxRuntimeTarget:
         details: dict[str, Any] = {"opset": OPSET, "methods": {}}
         for method, traced in program.methods.items():
             options.progress(f"{method}: translating to ONNX")
-            model = emit(program, method, FUSIONS)
+            model = emit(program, method, FUSIONS, last_fusions=LAST_FUSIONS)
             files[method] = f"{method}.onnx"
             counts = operators(model)
             options.progress(f"{method}: writing {files[method]}, {sum(counts.values())} nodes")

@@ -219,7 +219,7 @@ def test_decoder_with_integer_cache(tmp_path: Path) -> None:
     errors, details = lowered(Int8Cache().run(quantized(decoder, {"linear": "w4g16a8b"})), tmp_path)
     assert errors["text_decoder"] < 1e-2
     found = details["text_decoder"]
-    assert found["operators"]["MatMulNBits"] == found["optimized_operators"]["MatMulNBits"] == 15
+    assert found["operators"]["MatMulNBits"] == found["optimized_operators"]["MatMulNBits"] == 9
     assert len(found["state"]) == 8
     assert sorted(found["in_place"]) == sorted(found["state"])
     graph = onnx.load(tmp_path / "text_decoder.onnx", load_external_data=False).graph
