@@ -24,6 +24,8 @@ from export.targets.ort_patterns import MICROSOFT
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
 #: of heads that the operator takes, and of those that it turns, the width is a multiple of
 WIDTH_MULTIPLE, TURNED_MULTIPLE = 8, 16
+#: nodes by which attention reads its keys: heads repeated, turned, multiplied, scaled, bent, masked, normalized, ..
+MOST_BETWEEN = 16
 #: permutations: of heads and tokens, and of a matrix for each head
 HEADS_AND_TOKENS, MATRICES = (0, 2, 1, 3), (0, 1, 3, 2)
 
@@ -115,11 +117,29 @@ def attention_of(softmax: ir.Node) -> Attention | None:
             return None
         if keys.sizes != values.sizes or not heads_fit(query, keys):
             return None
+        inside = [between(cache.scatter, out) for cache in (keys, values)]
+        if None in inside or any(mask.producer() in nodes for nodes in inside if nodes):
+            return None
         hides = mask_of(mask, keys.position)
         if hides.hidden is Hidden.NOTHING or not mask_fits(mask, query, keys):
             return None
         return Attention(query, scale * factor, cap, keys, values, mask, hides, out)
     return None
+
+
+def between(first: ir.Node, last: ir.Node) -> list[ir.Node] | None:
+    """The nodes by which `last` reads what `first` makes; None where something else reads it, too."""
+    found: list[ir.Node] = []
+    readers = [use.node for use in first.outputs[0].uses()]
+    while readers:
+        node = readers.pop()
+        if node is last or node in found:
+            continue
+        found.append(node)
+        if len(found) > MOST_BETWEEN or any(output.is_graph_output() for output in node.outputs):
+            return None
+        readers += [use.node for output in node.outputs for use in output.uses()]
+    return found
 
 
 def heads_fit(query: ir.Value, keys: Written) -> bool:

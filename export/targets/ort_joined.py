@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
 from export.targets.onnx_qdq import Spelling
@@ -35,6 +36,17 @@ def join_layers(model: ir.Model) -> None:
         if len(nodes) > 1 and all(map(is_own, nodes)) and weight_bytes(nodes) <= MOST_BYTES:
             join(model.graph, nodes)
     common.RemoveUnusedNodesPass()(model)
+    in_order(model.graph)
+
+
+def in_order(graph: ir.Graph) -> None:
+    """Let weights lie, and be written, in the order in which they are first read: large heads last."""
+    read = [value for node in graph for value in node.inputs if value is not None and value.is_initializer()]
+    rest = graph.initializers.values()
+    weights = list(dict.fromkeys([*read, *rest]))
+    graph.initializers.clear()
+    for value in weights:
+        graph.register_initializer(value)
 
 
 def is_own(node: ir.Node) -> bool:
@@ -89,10 +101,14 @@ def stacked(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value | No
     shapes = [[size for size in tensor.shape if isinstance(size, int)] for tensor in late]
     reads = [tensor.raw for tensor in late]
     dtype, name = late[0].dtype, f"{values[0].name}.joined"
-    shape = ir.Shape([sum(size[0] for size in shapes), *shapes[0][1:]])
+    rows = [size[0] for size in shapes]
+    shape = ir.Shape([sum(rows), *shapes[0][1:]])
 
-    def read() -> Tensor:
-        return torch.cat([plain(one()) for one in reads])
+    def read() -> Tensor:  # a piece at a time: never more in memory than the whole and one piece
+        whole = torch.empty([sum(rows), *shapes[0][1:]], dtype=to_torch_dtype(dtype))
+        for part, one in zip(whole.split(rows), reads, strict=True):
+            part.copy_(plain(one()))
+        return whole
 
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
     value.const_value = lazy(read, dtype, shape, name)
