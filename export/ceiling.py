@@ -97,9 +97,9 @@ def watched(ceiling: int | None) -> Iterator[None]:
                 return
 
     thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
     try:
         try:
+            thread.start()  # inside: it may interrupt at once
             yield
         finally:
             done.set()
