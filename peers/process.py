@@ -34,7 +34,8 @@ class Process:
     """A worker. Between questions it is stopped: threads that spin while they wait would slow the others."""
 
     def __init__(self, arguments: Sequence[str], log: Path) -> None:
-        threads = {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS)}
+        # Unbuffered: what it prints stands in the log in the order in which it was said
+        told = {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "PYTHONUNBUFFERED": "1"}
         self.log, self.rest = log, b""
         with log.open("wb") as errors:
             self.child = subprocess.Popen(
@@ -42,7 +43,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **threads},
+                env={**os.environ, **told},
             )
         self.hello = self.answer()
 

@@ -39,13 +39,19 @@ def hollow(program: Program, method: str) -> ExportedProgram:
 
     def value(entry: str, fake: Tensor) -> Tensor:
         if entry in states or math.prod(fake.shape) * fake.element_size() < HOLLOW_BYTES:
-            return program.tensor(method, entry)
+            return compact(program.tensor(method, entry))
         return torch.empty(fake.shape, dtype=fake.dtype)
 
     exported = program.exported(method, value)
     for tensor in exported.state_dict.values():
         shared(tensor)
     return exported
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """`tensor` in memory of its own: XNNPACK writes all that a tensor's storage holds, whatever part of it is meant."""
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def shared(tensor: Tensor) -> Tensor:
@@ -208,7 +214,7 @@ class Delegates:
         name = self.rename(entry)
         for program in (self.program, self.whole):
             if name in program.methods[self.method].exported.state_dict:
-                return program.tensor(self.method, name)
+                return compact(program.tensor(self.method, name))
         return given
 
     @contextmanager

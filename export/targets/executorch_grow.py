@@ -25,7 +25,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx.node import map_arg
 
-from export.targets.executorch_delegates import Delegates, shared, structure, weights
+from export.targets.executorch_delegates import Delegates, compact, shared, structure, weights
 from graphs.lift import rebuilt
 from graphs.program import Program
 from graphs.rewrite import Opened
@@ -236,7 +236,7 @@ class Grower:
             made = self.graph.placeholder(prefix + target.replace(".", "_"))
         made.meta = dict(read.meta)
         self.inputs.insert(index + 1, InputSpec(spec.kind, TensorArgument(made.name), target, spec.persistent))
-        value = self.program.tensor(self.method, target)
+        value = compact(self.program.tensor(self.method, target))
         self.state[target] = shared(nn.Parameter(value, False) if spec.kind is InputKind.PARAMETER else value)
         return made
 

@@ -54,7 +54,7 @@ def test_the_manifest_says_what_was_done(balanced: tuple[Path, dict[str, Any]]) 
     assert operators["MatMulNBits"] == 17
     assert manifest["files"]["text_decoder.onnx.data"]["bytes"] < 1.4e6  # 1.9 M weights of four bits, scales, the head
     stored = sum(record["bytes"] for name, record in manifest["files"].items() if name.endswith(".onnx.data"))
-    assert stored == pytest.approx(manifest["weight_bytes"], rel=0.02)
+    assert stored == pytest.approx(manifest["weight_bytes"], rel=0.05)
 
 
 def test_the_bundle_verifies_and_answers(balanced: tuple[Path, dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def test_needs_come_first_and_memory_is_that_of_the_process(tmp_path: Path) -> N
     made = workshop(tmp_path, {"a-first": FIRST, "second": SECOND}).make("second")
     assert (tmp_path / "second/file").read_text() == "onetwo"
     assert made.bytes == 6
-    assert 64 << 20 < made.peak_rss_bytes < 1 << 30
+    # the system counts what the process that starts another one held then
+    mine = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 64 << 20 < made.peak_rss_bytes < max(1 << 30, mine + (64 << 20))
     assert 0 < made.seconds < 60
     assert not made.reused
 
