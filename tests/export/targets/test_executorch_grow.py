@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,10 @@ def test_what_is_not_periodic_is_lowered_whole(monkeypatch: pytest.MonkeyPatch, 
     assert found == [False, True]
     assert errors(net, made, tmp_path)["net"] < 1e-5
     assert made.details["methods"]["net"]["kernels"] == {"linear f32": LAYERS}
+
+
+def test_weights_that_are_parts_of_larger_tensors(tmp_path: Path) -> None:
+    net = program(Remembering)
+    parts = {name: torch.cat([torch.full_like(t, 9.0), t])[t.shape[0] :] for name, t in net.weights.items()}
+    made = lower(replace(net, weights=parts), tmp_path)
+    assert errors(net, made, tmp_path)["net"] < 1e-5
