@@ -35,17 +35,25 @@ def hollow(program: Program, method: str) -> ExportedProgram:
 
     They are of the right shape and dtype and hold anything; copying them gives themselves.
     """
-    states = {spec.name for spec in program.methods[method].signature.state}
 
     def value(entry: str, fake: Tensor) -> Tensor:
-        if entry in states or math.prod(fake.shape) * fake.element_size() < HOLLOW_BYTES:
-            return compact(program.tensor(method, entry))
-        return torch.empty(fake.shape, dtype=fake.dtype)
+        if is_hollow(program, method, entry):
+            return torch.empty(fake.shape, dtype=fake.dtype)
+        return compact(program.tensor(method, entry))
 
     exported = program.exported(method, value)
     for tensor in exported.state_dict.values():
         shared(tensor)
     return exported
+
+
+def is_hollow(program: Program, method: str, entry: str) -> bool:
+    """Whether an entry of a method is a weight large enough."""
+    traced = program.methods[method]
+    fake = traced.exported.state_dict.get(entry)
+    if fake is None or entry in {spec.name for spec in traced.signature.state}:
+        return False
+    return math.prod(fake.shape) * fake.element_size() >= HOLLOW_BYTES
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -74,14 +82,12 @@ class Itself:
 
 
 def fill(exported: ExportedProgram, program: Program, method: str) -> None:
-    """Give a lowered method's remaining entries, which are outside of delegates, their weights, in place."""
-    states = {spec.name for spec in program.methods[method].signature.state}
+    """Give what is still hollow in a lowered method, since no delegate reads it, its weights, in place."""
     for entry, tensor in exported.state_dict.items():
-        if entry in program.methods[method].exported.state_dict and entry not in states:
-            value = program.tensor(method, entry)
-            exported.state_dict[entry] = shared(
-                nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
-            )
+        if is_hollow(program, method, entry):
+            value = compact(program.tensor(method, entry))
+            held = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
+            exported.state_dict[entry] = shared(held)
 
 
 def structure(exported: ExportedProgram) -> str:
