@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
@@ -54,33 +54,46 @@ def is_weight(value: ir.Value | None) -> bool:
 
 
 def derived(
-    graph: ir.Graph, source: ir.Value, what: str, change: Callable[[Tensor], Tensor], dtype: ir.DataType | None = None
+    graph: ir.Graph,
+    source: ir.Value | Sequence[ir.Value],
+    what: str,
+    change: Callable[..., Tensor],
+    dtype: ir.DataType | None = None,
 ) -> ir.Value:
     """The initializer `<source>.<what>` of `graph`: `source` changed when it is written; made once, shared after that.
 
-    Its shape is found on a meta tensor. For 4-bit types `change` gives one value a byte. The source itself goes with
-    its last reader.
+    Of several sources the first gives the name; `change` takes as many tensors. The shape is found on meta tensors. For
+    4-bit types `change` gives one value a byte. The source itself goes with its last reader.
     """
-    name = f"{source.name}.{what}"
+    sources = [source] if isinstance(source, ir.Value) else source
+    name = f"{sources[0].name}.{what}"
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = source.const_value
-    assert isinstance(tensor, ir.LazyTensor)
-    dtype = dtype or tensor.dtype
-    sizes = [size for size in tensor.shape if isinstance(size, int)]
-    form = torch.empty(sizes, dtype=to_torch_dtype(tensor.dtype), device="meta")
-    shape = ir.Shape(tuple(change(form).shape))
-    read = tensor.raw
+    tensors = [late(value) for value in sources]
+    dtype = dtype or tensors[0].dtype
+    shape = ir.Shape(tuple(change(*map(form, tensors)).shape))
+    reads = [tensor.raw for tensor in tensors]
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
-    value.const_value = lazy(lambda: change(plain(read())), dtype, shape, name)
+    value.const_value = lazy(lambda: change(*(plain(read()) for read in reads)), dtype, shape, name)
     graph.register_initializer(value)
     return value
 
 
+def late(value: ir.Value) -> ir.LazyTensor:
+    """What holds an initializer that is read late."""
+    assert isinstance(value.const_value, ir.LazyTensor)
+    return value.const_value
+
+
+def form(tensor: ir.LazyTensor) -> Tensor:
+    """A tensor of its shape and dtype that holds nothing."""
+    sizes = [size for size in tensor.shape if isinstance(size, int)]
+    return torch.empty(sizes, dtype=to_torch_dtype(tensor.dtype), device="meta")
+
+
 def turn(value: ir.Value) -> None:
     """Let a matrix that is read late be its transpose, under the same name."""
-    tensor = value.const_value
-    assert isinstance(tensor, ir.LazyTensor)
+    tensor = late(value)
     read, shape = tensor.raw, ir.Shape(tuple(reversed(tensor.shape)))
     value.const_value = lazy(lambda: plain(read()).T, tensor.dtype, shape, value.name)
     value.shape = shape

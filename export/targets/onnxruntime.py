@@ -17,6 +17,7 @@ from export.targets.ort_attention import fuse_attention
 from export.targets.ort_embedding import fuse_embedding
 from export.targets.ort_joined import join_layers
 from export.targets.ort_linear import fuse_linear
+from export.targets.ort_per_token import fuse_per_token
 from export.targets.state_io import explicit_state, state_pairs
 from graphs.errors import GateError
 from graphs.files import reason
@@ -24,10 +25,11 @@ from graphs.program import Program
 
 GROUPS = tuple(f"g{group}" for group in (16, 32, 64, 128, 256))
 FORMS = [f"w{bits}{{}}{zero}" for bits in (4, 8, 3) for zero in ("", "z")]
-#: MatMulIntegerToFloat; MatMulNBits in int8; the same in float
+#: MatMulIntegerToFloat three times; MatMulNBits in int8; the same in float
 LINEAR = (
     "w8a8",
     "w8a8o",
+    "w8a8t",
     *(form.format(group) + "a8b" for form in FORMS for group in GROUPS),
     *(form.format(group) for form in FORMS for group in ("", *GROUPS)),
 )
@@ -35,7 +37,7 @@ LINEAR = (
 EMBEDDING = tuple(f"w{bits}{group}" for bits in (8, 4, 3) for group in ("", *GROUPS))
 
 #: ONNX Runtime's own operators and number formats for quantized layers
-FUSIONS = (unsigned_activations, fuse_integer, fuse_linear, fuse_embedding)
+FUSIONS = (unsigned_activations, fuse_integer, fuse_per_token, fuse_linear, fuse_embedding)
 LAST_FUSIONS = (fuse_attention, join_layers)
 
 

@@ -175,6 +175,28 @@ def test_static(zero_point: int | None, tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2 * WIDTH * INNER + 15_000
 
 
+def test_per_token(tmp_path: Path) -> None:
+    errors, details = lowered(quantized(network("linear"), {"linear": "w8a8t"}), tmp_path)
+    assert errors["linear"] < 1e-3
+    for counts in (details["linear"]["operators"], details["linear"]["optimized_operators"]):
+        assert counts["MatMulIntegerToFloat"] == counts["QuantizeLinear"] == 2
+        assert not counts.keys() & {"DequantizeLinear", "MatMul"}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2 * WIDTH * INNER + 20_000
+
+
+def test_tokens_off_zero_keep_their_numbers(tmp_path: Path) -> None:
+    program = quantized(network("linear"), {"linear": "w8a8t"})
+    made = TARGET.lower(TARGET.legalize(program), tmp_path, LowerOptions("float32", {"linear": Limit(1e-2)}))
+    artifact = Artifact(tmp_path, program_signatures(program), made.files, {**made.details, "threads": 1})
+    offsets = torch.tensor([0.0, 50.0, -50.0, 1e-3, -1e3]).reshape(1, -1, 1)
+    x = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(3)) + offsets
+    x[:, 3] = 0.0
+    runtimes = load_runtime("onnxruntime", artifact), EagerRuntime(program)
+    ours, eager = (torch.from_numpy(runtime.call("linear", [x.numpy()])[0]) for runtime in runtimes)
+    assert torch.isfinite(ours).all()
+    assert ((ours - eager).norm(dim=-1) / eager.norm(dim=-1)).max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("text", "operator", "size"),
     [
@@ -198,7 +220,7 @@ def test_convolution(text: str, operator: str, tmp_path: Path) -> None:
     assert details["conv"]["optimized_operators"][operator] == 3
 
 
-@pytest.mark.parametrize("text", ["w8a8", "w4g32a8b", "w4g32"])
+@pytest.mark.parametrize("text", ["w8a8", "w8a8t", "w4g32a8b", "w4g32"])
 def test_float16(text: str, tmp_path: Path) -> None:
     program = CastFloats(torch.float16).run(quantized(network("linear"), {"linear": text}))
     errors, details = lowered(program, tmp_path, "float16")
