@@ -2,9 +2,8 @@
 
 Where activations are rounded to integers, a last-bit difference before the rounding turns into a whole step behind it,
 and steps turn others over, layer after layer: two right computations of the same quantized graph then differ by far
-more than their arithmetic does. So the gate of such a method is set by an experiment: the graph run by torch in a
-second float type, float64 beside float32 or float16, whichever a target's floats call for, and again with all its
-weights a few last bits larger or smaller.
+more than their arithmetic does. So the gate of such a method is set by an experiment: the graph run by torch in the
+target's floats, again and again, each time with the last bits of its floating weights changed at random.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ SLACK = 2.0
 #: and no farther than this, whatever the experiment says
 MOST = 0.1
 
-#: by how many roundings all floating weights are changed in turn: each change turns other steps over
-NUDGES = (0, 1, -1, 4, -4)
+#: how often floating weights are changed by about a rounding: each change turns other steps over
+NUDGES = 3
 
 #: the least of such roundings, some of float32's
 LEAST = 2.0**-20
@@ -72,25 +71,28 @@ class Change:
 
 
 class Shaken:
-    """One method of a program, run by torch with its floating weights changed."""
+    """One method as `runtime` has it, run with its floating weights changed."""
 
-    def __init__(self, program: Program, method: str) -> None:
-        self.program, self.method = part(program, [method]), method
-        self.runtime = EagerRuntime(self.program)
+    def __init__(self, runtime: EagerRuntime, method: str) -> None:
+        self.runtime, self.method = runtime, method
 
     def calls(self, inputs: Sequence[list[Array]], change: Change) -> Sequence[Call]:
-        """What becomes of the inputs."""
-        state = {spec.name for spec in self.program.methods[self.method].signature.state}
+        """What becomes of the inputs. The weights are what they were again behind it."""
+        state = {spec.name for spec in self.runtime.signatures[self.method].state}
         module = self.runtime.module(self.method)
-        for name, held in (*module.named_parameters(), *module.named_buffers()):
-            if held.is_floating_point() and held.dtype.itemsize > 1 and name not in state:
-                held.data = change.of(f"{self.method}:{name}", self.program.tensor(self.method, name))
-        return record(self.runtime, {self.method: inputs})[self.method]
-
-
-def second_floats(resolved: Resolved) -> torch.dtype:
-    """The type to compute in besides the program's own: the target's, or one with more digits where that is its own."""
-    return torch.float64 if resolved.floats == "float32" else getattr(torch, resolved.floats)
+        floats = {
+            name: held
+            for name, held in (*module.named_parameters(), *module.named_buffers())
+            if held.is_floating_point() and held.dtype.itemsize > 1 and name not in state
+        }
+        kept = {name: held.data for name, held in floats.items()}
+        try:
+            for name, held in floats.items():
+                held.data = change.of(f"{self.method}:{name}", kept[name])
+            return record(self.runtime, {self.method: inputs})[self.method]
+        finally:
+            for name, held in floats.items():
+                held.data = kept[name]
 
 
 @dataclass(frozen=True)
@@ -142,31 +144,40 @@ def choosing(program: Program) -> set[str]:
 class Experiment:
     """One method of a program that rounds activations (`rounds`), chooses by value (`chooses`), or both.
 
-    `program` is as deployed, `rounded` as it was before its floats were cast; `base` is the gate of a steady method.
+    `runtime` runs `program`, which is as deployed; `rounded` is the same in float32. They are one where the target's
+    converter casts. `base` is the gate of a steady method.
     """
 
-    def __init__(self, resolved: Resolved, base: float, rounded: Program, program: Program, method: str) -> None:
-        self.base, self.method = base, method
+    def __init__(
+        self, resolved: Resolved, base: float, rounded: Program, program: Program, runtime: EagerRuntime, method: str
+    ) -> None:
+        self.base, self.method, self.runtime = base, method, runtime
         self.rounds, self.chooses = method in rounding(resolved), method in choosing(program)
-        kept, step = part(rounded, [method]), max(LEAST, torch.finfo(getattr(torch, resolved.floats)).eps)
-        self.nudges = [Change(step * by) for by in NUDGES]
-        self.noises = [Change(NOISE if self.rounds else ROUNDINGS * step, draw) for draw in range(DRAWS)]
-        self.same = None if program is rounded else EagerRuntime(kept)
-        self.other = Shaken(CastFloats(second_floats(resolved)).run(kept), method) if self.rounds else None
-        self.mine = Shaken(program, method) if self.chooses else None
         self.picks = self.chooses and not program.methods[method].signature.state
+        floats = getattr(torch, resolved.floats)
+        step = max(LEAST, torch.finfo(floats).eps)
+        self.nudges = [Change(step, draw) for draw in range(NUDGES)]
+        self.noises = [Change(NOISE if self.rounds else ROUNDINGS * step, draw) for draw in range(DRAWS)]
+        self.same = self.other = runtime
+        if self.rounds and floats != torch.float32:
+            kept = part(rounded, [method])
+            self.nudges.insert(0, Change(0.0))
+            if program is rounded:
+                self.other = EagerRuntime(CastFloats(floats).run(kept))
+            else:
+                self.same = EagerRuntime(kept)
 
     def limit(self, calls: Sequence[Call]) -> tuple[Limit, float]:
         """The gate of the method at the inputs of `calls`, its own, and how unsteady it is there."""
         inputs = [call.inputs for call in calls]
         limit = Limit(MOST, 0 if self.picks and are_tokens(calls) else None)
         moved = shaken = Distance(0.0)
-        if self.other:
-            same = record(self.same, {self.method: inputs})[self.method] if self.same else calls
-            moved = movement(self.other, self.nudges, inputs, same, limit)
+        if self.rounds:
+            same = calls if self.same is self.runtime else record(self.same, {self.method: inputs})[self.method]
+            moved = movement(Shaken(self.other, self.method), self.nudges, inputs, same, limit)
         limit = replace(limit, relative_l2=min(MOST, max(self.base, SLACK * moved.relative_l2)))
-        if self.mine:
-            shaken = movement(self.mine, self.noises, inputs, calls, limit)
+        if self.chooses:
+            shaken = movement(Shaken(self.runtime, self.method), self.noises, inputs, calls, limit)
         if limit.others is not None:
             far = shaken.farthest(moved)
             limit = replace(limit, others=min(far.tokens // 2, math.ceil(SLACK * far.others)))
@@ -184,7 +195,7 @@ def trial(resolved: Resolved, base: float, rounded: Program, program: Program) -
     """
     runtime = EagerRuntime(program)
     doubtful = {
-        name: Experiment(resolved, base, rounded, program, name)
+        name: Experiment(resolved, base, rounded, program, runtime, name)
         for name in program
         if name in rounding(resolved) | choosing(program)
     }
