@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from export.align import align
-from export.verify import Call, Vectors, inputs_of, record, worst
+from export.verify import Call, Vectors, compare, inputs_of, record, sqnr_db, worst
 from graphs.errors import GateError
 from runtimes.base import Runtime
 
 #: a token is the same one where it is at most so many limits away
 SAME = 2.0
+
+#: where a quantized graph is held against its source, by the relative distance between two tokens instead
+LIKE = 0.5
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,20 @@ def distance(actual: Sequence[Call], expected: Sequence[Call], limit: Limit) -> 
         return Distance(math.inf, tokens, tokens)
     far = np.concatenate([align(a[0], e[0], SAME * limit.relative_l2) for a, e in pairs])
     return Distance(math.sqrt(far.mean()) if len(far) else math.inf, tokens, tokens - len(far))
+
+
+def quantized(actual: Vectors, expected: Vectors, limits: Mapping[str, Limit]) -> dict[str, dict[str, Any]]:
+    """The manifest's `quantize` entry of every method: relative L2 and SQNR of quantized outputs against the source's.
+
+    Where a method chooses tokens, of those which both chose, and how many of how many were `others`.
+    """
+    entries = compare(actual, expected)
+    for method, calls in expected.items():
+        if limits[method].others is not None:
+            found = distance(actual[method], calls, Limit(LIKE / SAME, 0))
+            if found.others < found.tokens:
+                entries[method] = {**asdict(found), "sqnr_db": sqnr_db(found.relative_l2)}
+    return entries
 
 
 def gate(actual: Vectors, expected: Vectors, limits: Mapping[str, Limit], by: str) -> dict[str, dict[str, Any]]:

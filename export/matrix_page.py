@@ -48,10 +48,11 @@ def page(rows: Sequence[Row], command: str, left: int) -> str:
         "",
         "Relative L2 of each lowered method against the graph it was lowered from, prefill and decode steps, on seeded "
         "inputs. The limit is 1e-4 in fp32 and 1e-2 in fp16 and for quantized graphs, or, where activations are "
-        "rounded, twice what the graph itself moves when it is computed in other floats; what is beyond it is not "
-        "written. Where tokens are chosen by content, near ties may be decided otherwise: `others` counts tokens that "
-        "are, at most twice as many as where the graph itself is shaken, and the error is that of the rest. Behind "
-        "each error, how many layers the recipe keeps in which scheme. `tiny` has random weights.",
+        "rounded, twice what the graph itself moves when last bits are others (other floats, or weights changed by "
+        "about a rounding); what is beyond it is not written. Where tokens are chosen by content, near ties may be "
+        "decided otherwise: `others` counts tokens that are, at most twice as many as where the graph itself is "
+        "shaken, and the error is that of the rest. Behind each error, how many layers the recipe keeps in which "
+        "scheme. `tiny` has random weights.",
         "",
         f"{len(exports)} exports: {written} written, {refused} refused by name, {failed} failed"
         + (f"; {left} jobs were not run for want of time." if left else "."),

@@ -16,7 +16,7 @@ import torch
 from calibration.source import Calibration
 from export.bundle import check_destination, staged, write_manifest
 from export.ceiling import check_memory, needed
-from export.gate import Limit, execute, words
+from export.gate import Limit, execute, quantized, words
 from export.memory import reclaim
 from export.sample import Sample, check_verify, lower_part
 from export.stability import trial
@@ -25,7 +25,6 @@ from export.targets.base import Lowered, LowerOptions, Target, load_target
 from export.verify import (
     Call,
     Vectors,
-    compare,
     compare_compressed,
     declared,
     inputs_of,
@@ -217,7 +216,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             quantization.forget()
         with stages("verify", f"{sample}, against the source graph") as say:
             unquantized = None if program is compressed else record_eager(before, inputs_of(expected))
-            quantize = compare(expected, unquantized) if unquantized else None
+            quantize = quantized(expected, unquantized, checks.limits) if unquantized else None
             changed = [name for name in source if compressed.methods[name] is not source.methods[name]]
             compress = compress_record(before, before if source is compressed else sample.of(source), changed)
             artifact = artifact_of(program, lowered, directory)

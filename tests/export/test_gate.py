@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.gate import Distance, Limit, distance, gate
+from export.gate import Distance, Limit, distance, gate, quantized
 from export.verify import Call
 from runtimes.base import Array
 
@@ -86,3 +86,15 @@ def test_limits_come_back_from_json(limit: Limit) -> None:
 def test_what_is_no_limit(value: object) -> None:
     with pytest.raises((ValueError, TypeError)):
         Limit.from_json(value, 0.1)
+
+
+def test_quantizing_is_measured_on_the_tokens_that_both_chose() -> None:
+    actual, expected = {"m": calls(tokens(0, 2, 4, 6, 8, 9) * 1.1)}, {"m": EXPECTED[:1]}
+    found = quantized(actual, expected, {"m": Limit(0.01, 3)})["m"]
+    assert (found["tokens"], found["others"]) == (6, 1)
+    assert (found["relative_l2"], found["sqnr_db"]) == (pytest.approx(0.1), pytest.approx(20.0))
+    assert quantized(actual, expected, {"m": Limit(0.01)})["m"]["relative_l2"] > 0.5
+    assert quantized({"m": calls(tokens(20, 21))}, {"m": calls(tokens(1, 2))}, {"m": Limit(0.01, 1)})["m"] == {
+        "relative_l2": pytest.approx(np.sqrt(2)),
+        "sqnr_db": pytest.approx(-3.01, abs=0.01),
+    }
