@@ -19,12 +19,12 @@ TARGET ?= onnxruntime
 flag = $(if $($(1)),--$(2) "$($(1))")
 EXPORT_FLAGS = $(call flag,CHECKPOINT,checkpoint) $(call flag,VARIANT,variant) $(call flag,COMPRESS,compress) \
   $(call flag,QUANT,quant) $(call flag,CALIBRATION,calibration) $(call flag,OUT,out) $(call flag,DELEGATE,delegate) $(call flag,BUILDER,builder) $(call flag,MAX_MEMORY,max-memory) \
-  $(if $(FORCE),--force)
+  $(if $(FORCE),--force) $(if $(ANEW),--anew)
 
 help: ## list what make can do
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  variables of export: MODEL TARGET CHECKPOINT VARIANT COMPRESS QUANT CALIBRATION OUT FORCE DELEGATE BUILDER MAX_MEMORY"
+	@echo "  variables of export: MODEL TARGET CHECKPOINT VARIANT COMPRESS QUANT CALIBRATION OUT FORCE ANEW DELEGATE BUILDER MAX_MEMORY"
 
 export: $(READY) ## compile MODEL for TARGET (onnxruntime, executorch, coreml, tensorrt)
 	@$(BIN)/vlmx export $(MODEL) --target $(TARGET) $(EXPORT_FLAGS)

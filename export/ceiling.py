@@ -8,6 +8,7 @@ ceiling all the same, and nothing is left behind.
 from __future__ import annotations
 
 import re
+import signal
 import threading
 from _thread import interrupt_main
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,13 @@ PERIOD = 0.005
 
 #: of the ceiling, where the watch stops an export
 NEARLY = 0.97
+
+#: what stops the main thread; not the one of Ctrl-C, which jobs of a shell's background ignore
+SIGNAL = signal.SIGUSR1
+
+
+class Beyond(KeyboardInterrupt):
+    """The process is about to take more than it may."""
 
 
 def parse_bytes(text: str) -> int:
@@ -87,16 +95,18 @@ def watched(ceiling: int | None) -> Iterator[None]:
     if ceiling is None:
         yield
         return
-    over, done = threading.Event(), threading.Event()
+    done = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        raise Beyond
 
     def watch() -> None:
         while not done.wait(PERIOD):
             if resident_bytes() > NEARLY * ceiling:
-                over.set()
-                interrupt_main()
+                interrupt_main(SIGNAL)
                 return
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread, before = threading.Thread(target=watch, daemon=True), signal.signal(SIGNAL, stop)
     try:
         try:
             thread.start()  # inside: it may interrupt at once
@@ -104,7 +114,6 @@ def watched(ceiling: int | None) -> Iterator[None]:
         finally:
             done.set()
             thread.join()
-    except KeyboardInterrupt:
-        if not over.is_set():
-            raise
+            signal.signal(SIGNAL, before)
+    except Beyond:
         raise UserError(f"stopped: the export was about to take more than --max-memory {size(ceiling)}") from None

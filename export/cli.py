@@ -59,6 +59,7 @@ def export_command(args: argparse.Namespace, say: Callable[[str], None]) -> tupl
         args.verify,
         args.max_memory,
         extra,
+        args.anew,
     )
     with watched(args.max_memory):
         out = export(options, say)
@@ -232,6 +233,9 @@ def parser() -> Parser:
     added.add_argument("--calibration-seed", type=int, default=0, metavar="N", help="what draws them")
     added.add_argument("--out", type=Path, metavar="DIR", help="default: bundles/VARIANT-TARGET")
     added.add_argument("--force", action="store_true", help="replace the bundle at --out")
+    added.add_argument(
+        "--anew", action="store_true", help="take nothing over from an interrupted export, or from bundles beside --out"
+    )
     added.add_argument(
         "--verify",
         default="auto",

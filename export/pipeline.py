@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +14,14 @@ from typing import Any
 
 import torch
 
-from calibration.source import Calibration
-from export.bundle import check_destination, staged, write_manifest
+from calibration.source import SUFFIX, Calibration
+from calibration.statistics import Statistics
+from export.bundle import check_destination, left_behind, staged, write_manifest
 from export.ceiling import check_memory, needed
+from export.content import Content
 from export.gate import Limit, execute, quantized, words
 from export.memory import reclaim
+from export.pieces import Pieces, begun, bundles_beside, recorded_origin, whole
 from export.sample import Sample, check_verify, lower_part
 from export.stability import trial
 from export.stages import Progress, Stages, to_stderr
@@ -33,7 +37,7 @@ from export.verify import (
     save_vectors,
     seeded_inputs,
 )
-from graphs.compress.base import apply, digests, parse, write
+from graphs.compress.base import Pass, apply, digests, parse, write
 from graphs.errors import UserError
 from graphs.files import contained
 from graphs.model import COMPANIONS, SECOND, Model, Request, load_model
@@ -41,10 +45,13 @@ from graphs.preprocess.tokenizer import load_tokenizer
 from graphs.program import Program
 from graphs.trace import trace
 from quant.apply import Quantization
-from quant.recipe import recipe
-from quant.resolve import resolve
+from quant.recipe import Recipe, recipe
+from quant.resolve import Resolved, resolve
 from runtimes.base import Artifact, Unavailable, load_runtime
 from runtimes.manifest import SCHEMA, VECTORS, signature_to_json
+
+#: in a staging directory: what calibration saw
+STATISTICS = ".statistics.safetensors"
 
 STAGES = ("load", "trace", "compress", "calibrate", "quantize", "lower", "verify", "publish")
 
@@ -63,6 +70,7 @@ class ExportOptions:
     verify: str = "auto"  # one of `export.sample.VERIFY`
     max_memory: int | None = None  # bytes that the process may take
     extra: Mapping[str, str] = field(default_factory=dict)  # the target's own options
+    anew: bool = False  # make everything, whatever was made of the same inputs before
 
 
 def visual_tokens(program: Program) -> int | None:
@@ -152,8 +160,30 @@ def check_space(program: Program, directory: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Job:
+    """What an export is to lower: the source program, as passes changed it, and what the recipe makes of its layers."""
+
+    options: ExportOptions
+    target: Target
+    model: Model
+    passes: Sequence[Pass]
+    chosen: Recipe
+    source: Program
+    compressed: Program
+    resolved: Resolved
+
+    @property
+    def tokens(self) -> dict[str, int | None]:
+        """Image embeddings of a picture, before and after the passes."""
+        return {"before": visual_tokens(self.source), "after": visual_tokens(self.compressed)}
+
+
 def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
-    """Make a bundle; its directory. Raises UserError for what the user can mend and GateError for a failed check."""
+    """Make a bundle; its directory. Raises UserError for what the user can mend and GateError for a failed check.
+
+    One that is there already, made of the same inputs, stays as it is.
+    """
     target: Target = load_target(options.target)
     table = target.capabilities
     chosen = recipe(options.recipe or table.default_recipe)
@@ -161,115 +191,168 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
     check_verify(options.verify)
     stages = Stages(progress, STAGES)
     if options.out is not None:
-        check_destination(options.out, options.force)
+        check_destination(options.out, force=True)
     with stages("load", options.request.model) as say:
         model = load_model(options.request)
         say(f"weights: {model.origin}")
         if model.directory is None:
             say("WARNING: RANDOM WEIGHTS: this bundle computes nothing meaningful; give --checkpoint")
         out = options.out or Path("bundles") / f"{model.variant}-{options.target}"
-        check_destination(out, options.force)
-    with stages("trace", "on fake tensors") as say:
-        source = trace(model.architecture, model.weights)
-        source.check()
-        say(f"methods: {', '.join(source)}")
-    with stages("compress", write(passes) or "no passes") as say:
-        compressed = apply(passes, source)
-        tokens = {"before": visual_tokens(source), "after": visual_tokens(compressed)}
-        if passes:
-            say(f"visual tokens: {tokens['before']} -> {tokens['after']}")
-        prompt = prompt_record(model, tokens["after"])
-        resolved = resolve(chosen, compressed, options.target, table)
-        if options.max_memory is not None:
-            part = Sample.choose(source, compressed, options.verify).of(compressed)
-            check_memory(needed(table, compressed, part, resolved), options.max_memory)
-    with stages("calibrate", options.calibration.about() if resolved.needs_statistics else "not needed") as say:
-        statistics = None
+        content = Content(model, passes, options.target, options.extra)
+    with content:
+        origin = {"asked": content.asked(chosen, options.verify)}
+        again = not (options.force or options.anew) and recorded_origin(out).get("asked") == origin["asked"]
+        check_destination(out, options.force or again)
+        with stages("trace", "on fake tensors") as say:
+            source = trace(model.architecture, model.weights)
+            source.check()
+            say(f"methods: {', '.join(source)}")
+        with stages("compress", write(passes) or "no passes") as say:
+            compressed = apply(passes, source)
+            resolved = resolve(chosen, compressed, options.target, table)
+            job = Job(options, target, model, passes, chosen, source, compressed, resolved)
+            if passes:
+                say(f"visual tokens: {job.tokens['before']} -> {job.tokens['after']}")
+            if options.max_memory is not None:
+                part = Sample.choose(source, compressed, options.verify).of(compressed)
+                check_memory(needed(table, compressed, part, resolved), options.max_memory)
         if resolved.needs_statistics:
-            statistics = options.calibration.statistics(model, compressed, write(passes), resolved.needs_hessians, say)
-    with stages("quantize", chosen.name) as say:
+            origin["statistics"] = content.statistics(options.calibration, resolved.needs_hessians)
+        if again:
+            origin["weights"] = content.of_weights()
+            if recorded_origin(out) == origin and whole(out):
+                progress(f"{out}: made of the same inputs, and whole: nothing to do (--anew makes it all again)")
+                return out
+            check_destination(out, force=False)
+        with staged(out, options.force, begun) as directory:
+            make(job, directory, out, content, origin, stages)
+    return out
+
+
+def calibrated(job: Job, directory: Path, key: str | None, pieces: Pieces, say: Progress) -> Statistics | None:
+    """What the recipe needs to know of the layers' inputs: read from a file, collected, or collected before."""
+    given = job.options.calibration
+    if key is None:
+        return None
+    collected: list[Statistics] = []
+
+    def collect() -> dict[str, Any]:
+        collected.append(
+            given.statistics(job.model, job.compressed, write(job.passes), job.resolved.needs_hessians, say)
+        )
+        collected[0].save(directory / STATISTICS)
+        return {}
+
+    if given.data.endswith(SUFFIX):
+        return given.statistics(job.model, job.compressed, write(job.passes), job.resolved.needs_hessians, say)
+    pieces("statistics", lambda: key, collect)
+    return collected[0] if collected else Statistics.load(directory / STATISTICS, job.compressed)
+
+
+def make(job: Job, directory: Path, out: Path, content: Content, origin: dict[str, str], stages: Stages) -> None:
+    """Fill a staging directory: calibrate, quantize, lower, verify, and describe it all."""
+    options, target, model, resolved = job.options, job.target, job.model, job.resolved
+    source, compressed, table = job.source, job.compressed, job.target.capabilities
+    prompt = prompt_record(model, job.tokens["after"])
+    earlier = ([], []) if options.anew else (left_behind(out), bundles_beside(out))
+    pieces = Pieces(directory, *earlier, lambda line: stages.progress(f"      {line}"))
+    with stages("calibrate", options.calibration.about() if resolved.needs_statistics else "not needed") as say:
+        statistics = calibrated(job, directory, origin.get("statistics"), pieces, say)
+    with stages("quantize", job.chosen.name) as say:
         quantization = Quantization(resolved, statistics, say)
         rounded = quantization.rounded(compressed)
         program = quantization.cast(rounded)
         program.check()
         for method, schemes in resolved.counts().items():
             say(f"{method}: {', '.join(f'{count} x {scheme}' for scheme, count in schemes.items())}")
-    with staged(out, options.force) as directory:
-        check_space(program, directory)
-        with stages("lower", options.target) as say:
-            legal = target.legalize(program)
-            legal.check()
-            sample = Sample.choose(source, program, options.verify)
-            before, unrounded, part = compressed, rounded, program
-            if sample.without:
-                before = sample.of(compressed)
-                again = quantization.on(before)
-                unrounded = again.rounded(before)
-                part = again.cast(unrounded)
-            checks = trial(resolved, table.limit(resolved.floats, resolved.quantized), unrounded, part)
-            reclaim()
-            expected, metadata = checks.expected, {**prompt, "variant": model.variant}
-            given = LowerOptions(
-                resolved.floats, checks.limits, checks.seed, metadata, options.extra, not sample.without, say
+    check_space(program, directory)
+    with stages("lower", options.target) as say:
+        legal = target.legalize(program)
+        legal.check()
+        sample = Sample.choose(source, program, options.verify)
+        before, unrounded, part = compressed, rounded, program
+        if sample.without:
+            before = sample.of(compressed)
+            again = quantization.on(before)
+            unrounded = again.rounded(before)
+            part = again.cast(unrounded)
+        checks = trial(resolved, table.limit(resolved.floats, resolved.quantized), unrounded, part)
+        reclaim()
+        expected, metadata = checks.expected, {**prompt, "variant": model.variant}
+        loads = not sample.without
+
+        def piece(methods: Sequence[str], write_files: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            limits = [checks.limits[method].to_json() for method in methods]
+            key = partial(
+                content.lowered,
+                *(compressed, methods, resolved, origin.get("statistics")),
+                *(limits, checks.seed, metadata, loads),
             )
-            lowered = target.lower(legal, directory, given)
-            quantization.forget()
-        with stages("verify", f"{sample}, against the source graph") as say:
-            unquantized = None if program is compressed else record_eager(before, inputs_of(expected))
-            quantize = quantized(expected, unquantized, checks.limits) if unquantized else None
-            changed = [name for name in source if compressed.methods[name] is not source.methods[name]]
-            compress = compress_record(before, before if source is compressed else sample.of(source), changed)
-            artifact = artifact_of(program, lowered, directory)
-            with TemporaryDirectory(prefix=".sample-", dir=directory) as scratch:
-                run = lower_part(target, part, given, Path(scratch)) if sample.without else (artifact, lowered)
-                lower = verify_lowered(options.target, *run, expected, checks.limits)
-            for name, entry in lower.items():
-                say(f"{name}: {describe(entry)}")
-        with stages("publish", str(out)):
-            save_vectors(directory / VECTORS, expected)
-            copy_companions(model, directory)
-            write_manifest(
-                directory,
-                {
-                    "schema": SCHEMA,
-                    "vlmx": version("vlmx"),
-                    "architecture": model.request.model,
-                    "variant": model.variant,
-                    "source": source_record(model),
-                    "target": options.target,
-                    "passes": write(passes),
-                    "passes_read": digests(passes),
-                    "tokens": tokens,
-                    "recipe": chosen.name,
-                    "quantization": resolved.to_json(),
-                    "weight_bytes": resolved.weight_bytes(compressed),
-                    "calibration": None if statistics is None else statistics.origin.to_json(),
-                    "limits": {name: limit.to_json() for name, limit in checks.limits.items()},
-                    "vectors_seed": checks.seed,
-                    "left_out": sample.to_json(),
-                    "prompt": prompt,
-                    "methods": {
-                        name: {"file": lowered.files[name], **signature_to_json(signature)}
-                        for name, signature in artifact.signatures.items()
-                    },
-                    "details": dict(lowered.details),
-                    "verification": {
-                        name: {
-                            "compress": compress[name],
-                            "quantize": quantize[name] if quantize else None,
-                            "lower": lower[name],
-                        }
-                        for name in program
-                    },
-                    "versions": {
-                        "python": platform.python_version(),
-                        "torch": str(torch.__version__),
-                        **lowered.versions,
-                    },
-                    "stages": stages.records,
+            return pieces(", ".join(methods), key, write_files)
+
+        given = LowerOptions(
+            resolved.floats, checks.limits, checks.seed, metadata, options.extra, loads, progress=say, piece=piece
+        )
+        lowered = target.lower(legal, directory, given)
+        quantization.forget()
+    with stages("verify", f"{sample}, against the source graph") as say:
+        unquantized = None if program is compressed else record_eager(before, inputs_of(expected))
+        quantize = quantized(expected, unquantized, checks.limits) if unquantized else None
+        changed = [name for name in source if compressed.methods[name] is not source.methods[name]]
+        compress = compress_record(before, before if source is compressed else sample.of(source), changed)
+        artifact = artifact_of(program, lowered, directory)
+        with TemporaryDirectory(prefix=".sample-", dir=directory) as scratch:
+            run = lower_part(target, part, given, Path(scratch)) if sample.without else (artifact, lowered)
+            lower = verify_lowered(options.target, *run, expected, checks.limits)
+        for name, entry in lower.items():
+            say(f"{name}: {describe(entry)}")
+    with stages("publish", str(out)):
+        save_vectors(directory / VECTORS, expected)
+        copy_companions(model, directory)
+        write_manifest(
+            directory,
+            {
+                "schema": SCHEMA,
+                "vlmx": version("vlmx"),
+                "architecture": model.request.model,
+                "variant": model.variant,
+                "source": source_record(model),
+                "made_of": {**origin, "weights": content.of_weights()},
+                "target": options.target,
+                "passes": write(job.passes),
+                "passes_read": digests(job.passes),
+                "tokens": job.tokens,
+                "recipe": job.chosen.name,
+                "quantization": resolved.to_json(),
+                "weight_bytes": resolved.weight_bytes(compressed),
+                "calibration": None if statistics is None else statistics.origin.to_json(),
+                "limits": {name: limit.to_json() for name, limit in checks.limits.items()},
+                "vectors_seed": checks.seed,
+                "left_out": sample.to_json(),
+                "prompt": prompt,
+                "methods": {
+                    name: {"file": lowered.files[name], **signature_to_json(signature)}
+                    for name, signature in artifact.signatures.items()
                 },
-            )
-    return out
+                "details": dict(lowered.details),
+                "verification": {
+                    name: {
+                        "compress": compress[name],
+                        "quantize": quantize[name] if quantize else None,
+                        "lower": lower[name],
+                    }
+                    for name in program
+                },
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": str(torch.__version__),
+                    **lowered.versions,
+                },
+                "pieces": pieces.finish(),
+                "stages": stages.records,
+            },
+            pieces.known(),
+        )
 
 
 def describe(entry: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from export.targets.base import Lowered, LowerOptions, Target
+from export.targets.base import Lowered, LowerOptions, Target, anew
 from export.verify import program_signatures
 from graphs.errors import UserError, nearest
 from graphs.narrow import narrow
@@ -82,5 +82,7 @@ class Sample:
 
 def lower_part(target: Target, part: Program, options: LowerOptions, scratch: Path) -> tuple[Artifact, Lowered]:
     """The part that is run, lowered into `scratch`."""
-    made = target.lower(target.legalize(part), scratch, replace(options, progress=lambda line: None, loads=True))
+    made = target.lower(
+        target.legalize(part), scratch, replace(options, progress=lambda line: None, loads=True, piece=anew)
+    )
     return Artifact(scratch, program_signatures(part), made.files, made.details), made

@@ -12,7 +12,7 @@ import torch
 
 from graphs.errors import UserError
 from graphs.files import contained, listing, read_json, reason, shown
-from graphs.safetensors_io import Entry, SafetensorsFile
+from graphs.safetensors_io import Entry, SafetensorsFile, tensor_digest
 
 CONFIG = "config.json"
 FLAG = "--allow-pickle"
@@ -26,6 +26,7 @@ class WeightFile(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor: ...
     def release(self, name: str) -> None: ...
+    def digest(self, name: str) -> str: ...
     def close(self) -> None: ...
 
 
@@ -62,6 +63,9 @@ class PickledFile:
 
     def release(self, name: str) -> None:
         """Nothing: torch owns this map."""
+
+    def digest(self, name: str) -> str:
+        return tensor_digest(self._tensors[name])
 
     def close(self) -> None:
         self._tensors.clear()
@@ -163,6 +167,10 @@ class Checkpoint:
     def release(self, name: str) -> None:
         """Drop a tensor's pages from this process's resident memory; reading it again is allowed."""
         self._shards[name].release(self.stored(name))
+
+    def digest(self, name: str) -> str:
+        """Tells a tensor's dtype, shape and bytes apart from others: hexadecimal, 64 digits."""
+        return self._shards[name].digest(self.stored(name))
 
     def close(self) -> None:
         """Let go of the files; tensors handed out stay valid."""

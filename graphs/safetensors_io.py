@@ -7,6 +7,7 @@ before a byte of it sizes anything, so that a lying file ends as one line. Tenso
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -25,6 +26,9 @@ from graphs.files import reason, shown
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 16
+
+#: bytes that are read at a time to be hashed
+CHUNK = 1 << 20
 
 #: Linux else refuses a private writable map of a file larger than the memory; Python names this flag from 3.12 on
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -142,6 +146,13 @@ def _check_extents(path: Path, entries: Mapping[str, Entry], start: int, size: i
         raise UserError(f"{path}: {size - position} bytes follow the last tensor")
 
 
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Of a tensor's dtype, shape and bytes, as `SafetensorsFile.digest` has it."""
+    found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 class SafetensorsFile:
     """One safetensors file, mapped; tensors are made on demand as views of the map."""
 
@@ -182,6 +193,18 @@ class SafetensorsFile:
         end = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def digest(self, name: str) -> str:
+        """Of a tensor's dtype, shape and bytes, which are read, not mapped: they take no memory."""
+        entry = self.entries[name]
+        found = hashlib.sha256(f"{entry.dtype}{tuple(entry.shape)}".encode())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            left = entry.end - entry.begin
+            while left and (part := file.read(min(left, CHUNK))):
+                found.update(part)
+                left -= len(part)
+        return found.hexdigest()
 
     def close(self) -> None:
         """Let go of the map: it goes with the last tensor that views it; unmapped at once, those would dangle."""

@@ -19,7 +19,7 @@ from graphs.checkpoint import Checkpoint
 from graphs.errors import UserError
 from graphs.files import reason, shown
 from graphs.hub import resolve_checkpoint
-from graphs.safetensors_io import write_safetensors
+from graphs.safetensors_io import tensor_digest, write_safetensors
 from graphs.sources import Permute, Plus, Reshape, Rows, Source, Transpose, by_prefix
 
 __all__ = [
@@ -69,6 +69,10 @@ class NamedWeights(Mapping[str, Tensor], ABC):
     def release(self, name: str) -> None:
         """The caller is done with a tensor: memory that backs it may go. Reading it again is allowed."""
         return
+
+    @abstractmethod
+    def digest(self, name: str) -> str:
+        """Tells the content of a tensor apart from others: hexadecimal, 64 digits."""
 
     def check(self, expected: Mapping[str, torch.Size], ignored: Iterable[str] = ()) -> None:
         """Compare names and shapes with the parameters `expected`.
@@ -190,6 +194,11 @@ class Weights(NamedWeights):
         for key in self.mapping[name].keys:
             self.checkpoint.release(key)
 
+    def digest(self, name: str) -> str:
+        """Of what the parameter is read from, and how."""
+        parts = [self.checkpoint.digest(key) for key in self.mapping[name].keys]
+        return hashlib.sha256(repr((parts, self.mapping[name], self.dtype)).encode()).hexdigest()
+
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -217,6 +226,11 @@ class RandomWeights(NamedWeights):
         self.shapes = dict(shapes)
         self.dtype = dtype
         self.origin = f"random (seed {seed})"
+
+    def digest(self, name: str) -> str:
+        """Of what it is drawn by."""
+        drawn = (self.seed, name, tuple(self.shapes[name]), self.dtype)
+        return hashlib.sha256(repr(drawn).encode()).hexdigest()
 
     def names(self) -> list[str]:
         return list(self.shapes)
@@ -252,6 +266,10 @@ class ModuleWeights(NamedWeights):
         }
         self.dtype = dtype
         self.origin = f"a live {type(module).__name__}"
+
+    def digest(self, name: str) -> str:
+        """Of its bytes."""
+        return tensor_digest(self[name])
 
     def names(self) -> list[str]:
         return list(self.tensors)

@@ -55,6 +55,10 @@ class Resolved:
         kept = {key: (found[key], scheme, rule) for key, (_, scheme, rule) in self.layers.items() if key in found}
         return replace(self, layers=kept)
 
+    def of(self, method: str) -> Resolved:
+        """The same for one method."""
+        return replace(self, layers={key: found for key, found in self.layers.items() if key[0] == method})
+
     @property
     def quantized(self) -> bool:
         """Whether anything but floats is in it."""

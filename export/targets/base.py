@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,16 @@ class Capabilities:
         return max(self.gates.get(floats, 0.0), LIMITS[kind])
 
 
+#: of some methods, and what writes their files and gives their `details`, in JSON values: those details. It need not be
+#: called: files made of the same inputs before may do
+Piecewise = Callable[[Sequence[str], Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+def anew(methods: Sequence[str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Whatever was made before."""
+    return make()
+
+
 @dataclass(frozen=True)
 class LowerOptions:
     """What the pipeline tells a target; `progress` takes one line at a time, `extra` the target's own options."""
@@ -48,6 +58,7 @@ class LowerOptions:
     extra: Mapping[str, str] = field(default_factory=dict)
     loads: bool = True  # whether what was written may be loaded whole, to be run or counted
     progress: Callable[[str], None] = lambda line: None
+    piece: Piecewise = anew
 
 
 @dataclass(frozen=True)

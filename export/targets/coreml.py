@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,27 @@ PALETTES = ("p4", "p6", "p8")
 
 #: entries of `LowerOptions.metadata` that a client of the packages needs
 FACTS = ("variant", "context", "visual_tokens", "image_size", "vocab_size", "bos_id", "eos_ids")
+
+
+def lower(program: Program, method: str, path: Path, options: LowerOptions) -> dict[str, Any]:
+    """Write one method; its details."""
+    traced, precision = program.methods[method], PRECISION[options.floats]
+    facts = {key: options.metadata[key] for key in FACTS if options.metadata.get(key) is not None}
+    options.progress(f"{method}: converting to an ML program")
+    model = coreml_convert.convert(method, program.exported(method), traced.signature, precision, path)
+    coreml_convert.describe(model, method, traced.signature, facts)
+    coreml_convert.finish(model, method, path)
+    counts = coreml_convert.operators(model)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    options.progress(f"{method}: {path.name}, {sum(counts.values())} operators, {size / 2**20:.1f} MiB")
+    found = {
+        "images": [spec.name for spec in traced.signature.inputs if coreml_convert.is_image(spec)],
+        "precision": precision,
+        "state_precision": "fp16" if traced.signature.state else None,
+        "operators": counts,
+        "weight_bytes": coreml_convert.weight_bytes(path),
+    }
+    return {method: found}
 
 
 class CoreMLTarget:
@@ -61,28 +83,10 @@ class CoreMLTarget:
         return coreml_graph.legalize(program)
 
     def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
-        files: dict[str, str] = {}
+        files = {method: f"{method}.mlpackage" for method in program}
         methods: dict[str, Any] = {}
-        facts = {key: options.metadata[key] for key in FACTS if options.metadata.get(key) is not None}
-        precision = PRECISION[options.floats]
-        for method, traced in program.methods.items():
-            files[method] = f"{method}.mlpackage"
-            path = directory / files[method]
-            options.progress(f"{method}: converting to an ML program")
-            model = coreml_convert.convert(method, program.exported(method), traced.signature, precision, path)
-            coreml_convert.describe(model, method, traced.signature, facts)
-            coreml_convert.finish(model, method, path)
-            counts = coreml_convert.operators(model)
-            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            options.progress(f"{method}: {files[method]}, {sum(counts.values())} operators, {size / 2**20:.1f} MiB")
-            methods[method] = {
-                "images": [spec.name for spec in traced.signature.inputs if coreml_convert.is_image(spec)],
-                "precision": precision,
-                "state_precision": "fp16" if traced.signature.state else None,
-                "operators": counts,
-                "weight_bytes": coreml_convert.weight_bytes(path),
-            }
-            del model
+        for method, name in files.items():
+            methods |= options.piece([method], partial(lower, program, method, directory / name, options))
             reclaim()  # what coremltools made of one method's weights, before the next one's
         return Lowered(files, {"minimum": "iOS18", "methods": methods}, {"coremltools": version("coremltools")})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class ExecuTorchTarget:
         if delegate not in DELEGATES:
             raise UserError(f"unknown delegate '{delegate}' of executorch: {nearest(delegate, DELEGATES)}")
         with quiet(), shared_history():
-            methods = write(program, directory / FILE, DELEGATES[delegate](), options)
+            make = partial(write, program, directory / FILE, DELEGATES[delegate](), options)
+            methods = options.piece(list(program), make)
         details = {"delegate": delegate, "methods": methods, "sha256": sha256(directory / FILE)}
         versions = {name: version(name) for name in ("executorch", "torch")}
         return Lowered(dict.fromkeys(program, FILE), details, versions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,6 +61,24 @@ def optimized_operators(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in graph.node).most_common())
 
 
+def lower(program: Program, method: str, path: Path, options: LowerOptions) -> dict[str, Any]:
+    """Write one method; its details."""
+    options.progress(f"{method}: translating to ONNX")
+    model = emit(program, method, FUSIONS, last_fusions=LAST_FUSIONS)
+    counts = operators(model)
+    options.progress(f"{method}: writing {path.name}, {sum(counts.values())} nodes")
+    write(model, path)
+    pairs = state_pairs(program.methods[method].signature)
+    found = {
+        "state": pairs,
+        "in_place": in_place(model, pairs),
+        "nodes": sum(counts.values()),
+        "operators": counts,
+        "optimized_operators": optimized_operators(path) if options.loads else None,
+    }
+    return {method: found}
+
+
 class OnnxRuntimeTarget:
     """Writes `<method>.onnx` and `<method>.onnx.data` for every method."""
 
@@ -77,23 +96,11 @@ class OnnxRuntimeTarget:
         return explicit_state(program)
 
     def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
-        files: dict[str, str] = {}
-        details: dict[str, Any] = {"opset": OPSET, "methods": {}}
-        for method, traced in program.methods.items():
-            options.progress(f"{method}: translating to ONNX")
-            model = emit(program, method, FUSIONS, last_fusions=LAST_FUSIONS)
-            files[method] = f"{method}.onnx"
-            counts = operators(model)
-            options.progress(f"{method}: writing {files[method]}, {sum(counts.values())} nodes")
-            write(model, directory / files[method])
-            pairs = state_pairs(traced.signature)
-            details["methods"][method] = {
-                "state": pairs,
-                "in_place": in_place(model, pairs),
-                "nodes": sum(counts.values()),
-                "operators": counts,
-                "optimized_operators": optimized_operators(directory / files[method]) if options.loads else None,
-            }
+        files = {method: f"{method}.onnx" for method in program}
+        methods: dict[str, Any] = {}
+        for method, name in files.items():
+            methods |= options.piece([method], partial(lower, program, method, directory / name, options))
+        details = {"opset": OPSET, "methods": methods}
         versions = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
         return Lowered(files, details, versions)
 

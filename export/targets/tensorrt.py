@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -12,9 +13,44 @@ from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, operators, write
 from export.targets.onnx_reference import evaluate
 from export.targets.state_io import explicit_state, state_pairs
-from export.targets.trt_engine import HEADER_BYTES, build_engine, choose_builder, profiles_of
+from export.targets.trt_engine import build_engine, choose_builder, profiles_of
 from export.targets.trt_graph import dequantize_tables, plain_bfloat16
 from graphs.program import Program
+from runtimes.tensorrt_api import Library
+
+
+def lower(
+    program: Program, method: str, path: Path, options: LowerOptions, library: Library, trt: Any
+) -> dict[str, Any]:
+    """Write one method's engine; its details. Raises GateError as `TensorRTTarget.lower` does."""
+    traced, version = program.methods[method], f"{library.title} {trt.__version__}"
+    with TemporaryDirectory(prefix=".onnx-", dir=path.parent) as scratch:
+        options.progress(f"{method}: translating to ONNX")
+        model = emit(program, method, fusions=(dequantize_tables,))
+        graph = Path(scratch) / f"{method}.onnx"
+        write(model, graph)
+        finding = ""
+        if options.loads:
+            options.progress(f"{method}: evaluating the ONNX with onnxruntime")
+            finding = f"ONNX {evaluate(program, method, graph, options.limits[method], options.seed)}; "
+        profiles = profiles_of(traced.signature, library)
+        options.progress(f"{method}: {version} builds the engine")
+        start = perf_counter()
+        engine = build_engine(library, trt, graph, path, traced.signature, profiles, options.progress)
+        seconds = perf_counter() - start
+    options.progress(f"{method}: {engine.bytes} bytes in {seconds:.1f} s")
+    found = {
+        "state": state_pairs(traced.signature),
+        "profiles": [{"name": p.name, "sizes": p.sizes} for p in profiles],
+        "operators": operators(model),
+        "layers": engine.layers,
+        "quantized_layers": engine.arithmetic,
+        "warnings": engine.warnings,
+        "bytes": engine.bytes,
+        "header": engine.header.hex(),
+        "checked": f"{finding}parsed and built by {version}",
+    }
+    return {method: found}
 
 
 class TensorRTTarget:
@@ -45,43 +81,13 @@ class TensorRTTarget:
         Raises UserError where there is no such builder, GateError where it refuses or the ONNX is off.
         """
         library, trt = choose_builder(options.extra.get("builder", "auto"))
-        version = f"{library.title} {trt.__version__}"
-        files: dict[str, str] = {}
+        files = {method: f"{method}.engine" for method in program}
         methods: dict[str, Any] = {}
-        checked: dict[str, str] = {}
-        with TemporaryDirectory(prefix=".onnx-", dir=directory) as scratch:
-            for method, traced in program.methods.items():
-                options.progress(f"{method}: translating to ONNX")
-                model = emit(program, method, fusions=(dequantize_tables,))
-                path = Path(scratch) / f"{method}.onnx"
-                write(model, path)
-                finding = ""
-                if options.loads:
-                    options.progress(f"{method}: evaluating the ONNX with onnxruntime")
-                    finding = f"ONNX {evaluate(program, method, path, options.limits[method], options.seed)}; "
-                profiles = profiles_of(traced.signature, library)
-                options.progress(f"{method}: {version} builds the engine")
-                start = perf_counter()
-                engine = build_engine(library, trt, path, traced.signature, profiles, options.progress)
-                seconds = perf_counter() - start
-                files[method] = f"{method}.engine"
-                checked[method] = f"{finding}parsed and built by {version}"
-                (directory / files[method]).write_bytes(engine.data)
-                options.progress(f"{method}: {engine.data.nbytes} bytes in {seconds:.1f} s")
-                for intermediate in Path(scratch).iterdir():
-                    intermediate.unlink()
-                methods[method] = {
-                    "state": state_pairs(traced.signature),
-                    "profiles": [{"name": p.name, "sizes": p.sizes} for p in profiles],
-                    "operators": operators(model),
-                    "layers": engine.layers,
-                    "quantized_layers": engine.arithmetic,
-                    "warnings": engine.warnings,
-                    "bytes": engine.data.nbytes,
-                    "header": bytes(engine.data[:HEADER_BYTES]).hex(),
-                }
-                del engine, model
-                reclaim()  # before the next method's weights
+        for method, name in files.items():
+            make = partial(lower, program, method, directory / name, options, library, trt)
+            methods |= options.piece([method], make)
+            reclaim()  # before the next method's weights
+        checked = {method: found["checked"] for method, found in methods.items()}
         details = {
             "builder": {"name": library.name, "version": trt.__version__, "engines_run_on": library.engines},
             "opset": OPSET,

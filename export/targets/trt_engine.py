@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from graphs.errors import GateError, UserError, nearest
 from graphs.program import Signature
@@ -77,19 +77,26 @@ def choose_builder(name: str) -> tuple[Library, Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a build made: the serialized engine, how many layers its network had, what the library warned of, and how
-    many products read numbers of which dtypes (`arithmetic`)."""
+    """What a build wrote: how many bytes, the first of them, how many layers its network had, what the library warned
+    of, and how many products read numbers of which dtypes (`arithmetic`)."""
 
-    data: memoryview = field(repr=False)
+    bytes: int
+    header: bytes
     layers: int
     arithmetic: dict[str, int]
     warnings: list[str]
 
 
 def build_engine(
-    library: Library, trt: Any, path: Path, signature: Signature, profiles: Sequence[Profile], progress: Progress
+    library: Library,
+    trt: Any,
+    path: Path,
+    out: Path,
+    signature: Signature,
+    profiles: Sequence[Profile],
+    progress: Progress,
 ) -> Engine:
-    """Parse the ONNX file and build a strongly typed engine: every number in the dtype that the graph gives it.
+    """Parse the ONNX file and build a strongly typed engine, written to `out`: every number in the graph's dtype.
 
     Raises GateError naming the node or the reason where the library refuses.
     """
@@ -112,10 +119,26 @@ def build_engine(
             if spec.dims:
                 shapes.set_shape(spec.name, *(profile.shape(spec.shape, which) for which in range(3)))
         config.add_optimization_profile(shapes)
-    serialized = builder.build_serialized_network(network, config)
-    if serialized is None:
+    with out.open("wb") as file:
+        built = builder.build_serialized_network_to_stream(network, config, stream_writer(trt, file))
+    if not built:
         raise GateError(f"{library.title} cannot build {path.name}: {'; '.join(logger.errors) or 'no reason given'}")
-    return Engine(memoryview(serialized), network.num_layers, arithmetic(trt, network), list(logger.warnings))
+    with out.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+    return Engine(out.stat().st_size, header, network.num_layers, arithmetic(trt, network), list(logger.warnings))
+
+
+def stream_writer(trt: Any, file: BinaryIO) -> Any:
+    """Takes an engine's bytes as the library hands them out: memory never holds them all."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+    return Writer()
 
 
 def arithmetic(trt: Any, network: Any) -> dict[str, int]:

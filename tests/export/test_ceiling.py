@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +70,10 @@ def grow(held: list[mmap.mmap], ceiling: int) -> None:
             held[-1].write(b"1" * (1 << 20))
 
 
-def test_the_watch_stops_what_goes_beyond() -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])  # in a shell's background: ignored
+def test_the_watch_stops_what_goes_beyond(handler: Any, request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     held: list[mmap.mmap] = []
     with pytest.raises(UserError, match="stopped: the export was about to take more than --max-memory"):
         grow(held, int((resident_bytes() + (100 << 20)) / NEARLY))

@@ -108,4 +108,4 @@ def test_refused_node_is_named(tmp_path: Path) -> None:
     library, trt = choose_builder("tensorrt-rtx")
     signature = Signature((TensorSpec("x", (1,)),), (TensorSpec("y", (1,)),))
     with pytest.raises(GateError, match=r"TensorRT-RTX cannot parse bad\.onnx: node 'culprit' \(NoSuchOperator\)"):
-        build_engine(library, trt, tmp_path / "bad.onnx", signature, (), lambda line: None)
+        build_engine(library, trt, tmp_path / "bad.onnx", tmp_path / "bad.engine", signature, (), lambda line: None)
