@@ -38,7 +38,7 @@ def lower(
         start = perf_counter()
         engine = build_engine(library, trt, graph, path, traced.signature, profiles, options.progress)
         seconds = perf_counter() - start
-    options.progress(f"{method}: {engine.bytes} bytes in {seconds:.1f} s")
+    options.progress(f"{method}: {engine.size} bytes in {seconds:.1f} s")
     found = {
         "state": state_pairs(traced.signature),
         "profiles": [{"name": p.name, "sizes": p.sizes} for p in profiles],
@@ -46,7 +46,7 @@ def lower(
         "layers": engine.layers,
         "quantized_layers": engine.arithmetic,
         "warnings": engine.warnings,
-        "bytes": engine.bytes,
+        "bytes": engine.size,
         "header": engine.header.hex(),
         "checked": f"{finding}parsed and built by {version}",
     }

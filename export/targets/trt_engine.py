@@ -77,10 +77,10 @@ def choose_builder(name: str) -> tuple[Library, Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a build wrote: how many bytes, the first of them, how many layers its network had, what the library warned
+    """What a build wrote: its size in bytes, the first of them, how many layers its network had, what the library warned
     of, and how many products read numbers of which dtypes (`arithmetic`)."""
 
-    bytes: int
+    size: int
     header: bytes
     layers: int
     arithmetic: dict[str, int]
