@@ -77,8 +77,8 @@ def choose_builder(name: str) -> tuple[Library, Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a build wrote: its size in bytes, the first of them, how many layers its network had, what the library warned
-    of, and how many products read numbers of which dtypes (`arithmetic`)."""
+    """What a build wrote: its size in bytes, the first of them, how many layers its network had, what the library
+    warned of, and how many products read numbers of which dtypes (`arithmetic`)."""
 
     size: int
     header: bytes
