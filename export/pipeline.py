@@ -20,7 +20,7 @@ from export.bundle import check_destination, left_behind, staged, write_manifest
 from export.ceiling import check_memory, needed
 from export.content import Content
 from export.gate import Limit, execute, quantized, words
-from export.memory import reclaim
+from export.memory import rare_collections, reclaim
 from export.pieces import Pieces, begun, bundles_beside, recorded_origin, whole
 from export.sample import Sample, check_verify, lower_part
 from export.stability import trial
@@ -199,7 +199,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             say("WARNING: RANDOM WEIGHTS: this bundle computes nothing meaningful; give --checkpoint")
         out = options.out or Path("bundles") / f"{model.variant}-{options.target}"
         content = Content(model, passes, options.target, options.extra)
-    with content:
+    with content, rare_collections():
         origin = {"asked": content.asked(chosen, options.verify)}
         again = not (options.force or options.anew) and recorded_origin(out).get("asked") == origin["asked"]
         check_destination(out, options.force or again)

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from peers.process import Failed, last_line
+from peers.process import Failed, last_line, peak_rss_bytes
 
 RECORD = "made.json"
 
@@ -77,8 +77,11 @@ def digest(artefact: Artefact, needs: Mapping[str, Made]) -> str:
 
 
 def run(arguments: list[str], log: Path) -> tuple[float, int]:
-    """Seconds and peak resident bytes of `python -m ARGUMENTS`. Raises `Failed`."""
-    start = time.monotonic()
+    """Seconds and peak resident bytes of `python -m ARGUMENTS`. Raises `Failed`.
+
+    The peak is looked at as it runs, too: an export sets the system's record of it back at each of its stages.
+    """
+    start, peak = time.monotonic(), 0
     with log.open("wb") as output:
         child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=output, stderr=output)
     while True:
@@ -90,11 +93,12 @@ def run(arguments: list[str], log: Path) -> tuple[float, int]:
             os.wait4(child.pid, 0)
             child.returncode = -9
             raise Failed(f"not made within {PATIENCE:.0f} s")
+        peak = max(peak, peak_rss_bytes(child.pid))
         time.sleep(0.05)
     child.returncode = os.waitstatus_to_exitcode(status)  # waited for: Popen must not do so again
     if child.returncode:
         raise Failed(f"making it ended with status {child.returncode}: {last_line(log)}")
-    return time.monotonic() - start, usage.ru_maxrss * 1024
+    return time.monotonic() - start, max(peak, usage.ru_maxrss * 1024)
 
 
 def size(directory: Path) -> int:

@@ -24,6 +24,15 @@ class Failed(Exception):  # noqa: N818 (a finding, not an error)
     """A contender could not be made, loaded or measured; the message says why in one line."""
 
 
+def peak_rss_bytes(process: int | str) -> int:
+    """The highest resident size so far of a process, "self" for this one, where the system tells (Linux); else 0."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 def last_line(log: Path) -> str:
     """What a process said last, for the reason of its end."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from peers.load import MEASURES, THREADS, Array
+from peers.process import peak_rss_bytes
 
 
 class Contender(Protocol):
@@ -30,12 +31,6 @@ class Contender(Protocol):
     """
 
     version: str
-
-
-def peak_rss_bytes() -> int:
-    """The highest resident size of this process so far (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def timed(method: Callable[[], Array], save: str | None) -> dict[str, Any]:
@@ -60,7 +55,7 @@ def serve(contender: Contender, requests: IO[str], replies: IO[str], loading: fl
     for line in requests:
         request = json.loads(line)
         if request["do"] == "end":
-            say({"peak_rss_bytes": peak_rss_bytes()})
+            say({"peak_rss_bytes": peak_rss_bytes("self")})
             return
         say(timed(getattr(contender, request["do"]), request.get("save")))
 
