@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from graphs.errors import UserError
 from graphs.program import Program, Signature
-from graphs.spec import TensorSpec
+from graphs.spec import Dim, TensorSpec
 from runtimes.base import Array, Caller
 from runtimes.eager import EagerRuntime
 
@@ -103,6 +103,14 @@ def declared(arrays: Sequence[Array], specs: Sequence[TensorSpec]) -> list[Array
     """`arrays` without the channels that passes have put behind those of `specs`."""
     widths = [spec.shape[-1] for spec in specs]
     return [a[..., :width] if isinstance(width, int) else a for a, width in zip(arrays, widths, strict=True)]
+
+
+def last_ones(arrays: Sequence[Array], before: Sequence[TensorSpec], after: Sequence[TensorSpec]) -> list[Array]:
+    """`arrays` [1, tokens, D] of the last token alone where that is what passes have left of any number of them."""
+    return [
+        array[:, -1:] if len(old.shape) == 3 and isinstance(old.shape[1], Dim) and new.shape[1] == 1 else array
+        for array, old, new in zip(arrays, before, after, strict=True)
+    ]
 
 
 def mean_over_tokens(vectors: Vectors) -> Vectors:

@@ -16,7 +16,7 @@ RECIPE = "peers/quick.toml"
 def ours(target: str) -> Artefact:
     """A bundle as a user would export it."""
     what = ("mobilevlm", "--checkpoint", "{checkpoint}", "--target", target, "--quant", RECIPE)
-    options = ("--max-context", str(CONTEXT), "--out", "{OUT}/bundle")
+    options = ("--compress", "last_logits", "--max-context", str(CONTEXT), "--out", "{OUT}/bundle")
     return Artefact(("export.cli", "export", *what, *options), ("checkpoint",), (*COMPILER, RECIPE), ("torch", target))
 
 
