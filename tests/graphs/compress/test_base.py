@@ -68,5 +68,5 @@ def test_what_does_not_fit_the_graph_is_refused(text: str, words: str) -> None:
 
 
 def test_the_list_names_every_pass() -> None:
-    assert set(passes()) == {"decoder_prune", "ldp", "pixel_shuffle", "pool", "prune", "thin"}
+    assert set(passes()) == {"decoder_prune", "last_logits", "ldp", "pixel_shuffle", "pool", "prune", "thin"}
     assert all(about.startswith(name) for name, about in passes().items())
