@@ -137,15 +137,17 @@ class Pieces:
         write_whole(self.directory / FINISHED, json.dumps({"pieces": rows}))
         return piece.record
 
-    def finish(self) -> dict[str, dict[str, list[str]]]:
-        """What the manifest keeps of the pieces. The directory's own record goes, and pieces of no use from here on:
-        those of hidden files."""
+    def finish(self) -> None:
+        """The directory's record goes, and what is of no use in a bundle: pieces of hidden files."""
         (self.directory / FINISHED).unlink(missing_ok=True)
         for key, piece in list(self.done.items()):
             if any(name.startswith(".") for name in piece.files):
                 del self.done[key]
                 for name in piece.files:
                     (self.directory / name).unlink()
+
+    def to_json(self) -> dict[str, dict[str, list[str]]]:
+        """What the manifest keeps of the pieces."""
         return {key: {"methods": list(piece.record), "files": list(piece.files)} for key, piece in self.done.items()}
 
     def known(self) -> dict[str, Mapping[str, Any]]:

@@ -206,7 +206,8 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
         content = Content(model, passes, options.target, options.extra)
     with content, rare_collections():
         origin = {"asked": content.asked(chosen, options.verify)}
-        again = not (options.force or options.anew) and recorded_origin(out).get("asked") == origin["asked"]
+        recorded = recorded_origin(out)
+        again = not (options.force or options.anew) and recorded.get("asked") == origin["asked"]
         check_destination(out, options.force or again)
         with stages("trace", "on fake tensors") as say:
             source = trace(model.architecture, model.weights)
@@ -223,12 +224,9 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
                 check_memory(needed(table, compressed, part, resolved), options.max_memory)
         if resolved.needs_statistics:
             origin["statistics"] = content.statistics(options.calibration, resolved.needs_hessians)
-        if again:
-            origin["weights"] = content.of_weights()
-            if recorded_origin(out) == origin and whole(out):
-                progress(f"{out}: made of the same inputs, and whole: nothing to do (--anew makes it all again)")
-                return out
-            check_destination(out, force=False)
+        if again and recorded == {**origin, "weights": content.of_weights()} and whole(out):
+            progress(f"{out}: made of the same inputs, and whole: nothing to do (--anew makes it all again)")
+            return out
         with staged(out, options.force, begun) as directory:
             make(job, directory, out, content, origin, stages)
     return out
@@ -236,20 +234,19 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
 
 def calibrated(job: Job, directory: Path, key: str | None, pieces: Pieces, say: Progress) -> Statistics | None:
     """What the recipe needs to know of the layers' inputs: read from a file, collected, or collected before."""
-    given = job.options.calibration
     if key is None:
         return None
+    given, hessians = job.options.calibration, job.resolved.needs_hessians
+    compute = partial(given.statistics, job.model, job.compressed, write(job.passes), hessians, say)
+    if given.data.endswith(SUFFIX):
+        return compute()
     collected: list[Statistics] = []
 
     def collect() -> dict[str, Any]:
-        collected.append(
-            given.statistics(job.model, job.compressed, write(job.passes), job.resolved.needs_hessians, say)
-        )
+        collected.append(compute())
         collected[0].save(directory / STATISTICS)
         return {}
 
-    if given.data.endswith(SUFFIX):
-        return given.statistics(job.model, job.compressed, write(job.passes), job.resolved.needs_hessians, say)
     pieces("statistics", lambda: key, collect)
     return collected[0] if collected else Statistics.load(directory / STATISTICS, job.compressed)
 
@@ -312,6 +309,7 @@ def make(job: Job, directory: Path, out: Path, content: Content, origin: dict[st
         for name, entry in lower.items():
             say(f"{name}: {describe(entry)}")
     with stages("publish", str(out)):
+        pieces.finish()
         save_vectors(directory / VECTORS, expected)
         copy_companions(model, directory)
         write_manifest(
@@ -353,7 +351,7 @@ def make(job: Job, directory: Path, out: Path, content: Content, origin: dict[st
                     "torch": str(torch.__version__),
                     **lowered.versions,
                 },
-                "pieces": pieces.finish(),
+                "pieces": pieces.to_json(),
                 "stages": stages.records,
             },
             pieces.known(),

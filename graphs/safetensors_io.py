@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +146,14 @@ def _check_extents(path: Path, entries: Mapping[str, Entry], start: int, size: i
         raise UserError(f"{path}: {size - position} bytes follow the last tensor")
 
 
+def _described(dtype: torch.dtype, shape: Sequence[int]) -> hashlib._Hash:
+    """What a tensor's digest begins with, in whatever file it is."""
+    return hashlib.sha256(f"{dtype}{tuple(shape)}".encode())
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Of a tensor's dtype, shape and bytes, as `SafetensorsFile.digest` has it."""
-    found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    found = _described(tensor.dtype, tensor.shape)
     found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
@@ -197,7 +202,7 @@ class SafetensorsFile:
     def digest(self, name: str) -> str:
         """Of a tensor's dtype, shape and bytes, which are read, not mapped: they take no memory."""
         entry = self.entries[name]
-        found = hashlib.sha256(f"{entry.dtype}{tuple(entry.shape)}".encode())
+        found = _described(entry.dtype, entry.shape)
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.begin)
             left = entry.end - entry.begin

@@ -26,12 +26,12 @@ from torch.nn import functional as F
 from graphs.compress.base import Pass, closest
 from graphs.compress.place import ATTENTION, value
 from graphs.compress.rules.fastv import FastV
+from graphs.dialogue import DECODER
 from graphs.errors import UserError
 from graphs.program import Program
 from graphs.rewrite import Opened
 from graphs.spec import TensorSpec
 
-DECODER = "text_decoder"
 #: the child of the decoder's root module that holds the rule, and of the embedders' that holds the mark
 RULE, MARK = "decoder_prune", "image_mark"
 

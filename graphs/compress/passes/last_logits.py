@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from graphs.compress.base import Pass
+from graphs.dialogue import DECODER
 from graphs.errors import UserError
 from graphs.narrow import LINEAR, leaves
 from graphs.program import Program
 from graphs.rewrite import Opened
 from graphs.spec import Dim
-
-DECODER = "text_decoder"
 
 
 @dataclass(frozen=True)
