@@ -42,6 +42,7 @@ from graphs.compress.base import Pass, apply, digests, parse, write
 from graphs.errors import UserError
 from graphs.files import contained
 from graphs.model import COMPANIONS, SECOND, Model, Request, load_model
+from graphs.overhead import spared
 from graphs.preprocess.tokenizer import load_tokenizer
 from graphs.program import Program
 from graphs.trace import trace
@@ -204,7 +205,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             say("WARNING: RANDOM WEIGHTS: this bundle computes nothing meaningful; give --checkpoint")
         out = options.out or Path("bundles") / f"{model.variant}-{options.target}"
         content = Content(model, passes, options.target, options.extra)
-    with content, rare_collections():
+    with content, rare_collections(), spared():
         origin = {"asked": content.asked(chosen, options.verify)}
         recorded = recorded_origin(out)
         again = not (options.force or options.anew) and recorded.get("asked") == origin["asked"]
