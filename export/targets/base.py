@@ -59,6 +59,7 @@ class LowerOptions:
     loads: bool = True  # whether what was written may be loaded whole, to be run or counted
     progress: Callable[[str], None] = lambda line: None
     piece: Piecewise = anew
+    memo: dict[str, Any] = field(default_factory=dict)  # what a target found out about a program, for a part of it
 
 
 @dataclass(frozen=True)

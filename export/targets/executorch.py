@@ -13,21 +13,14 @@ from typing import Any
 from export.layouts.executorch import constant_methods
 from export.targets import executorch_attention, executorch_graph, executorch_grow, executorch_kernels, executorch_quant
 from export.targets.base import Capabilities, Lowered, LowerOptions
-from export.targets.executorch_delegates import Delegates, fill, hollow
+from export.targets.executorch_delegates import Delegates, Prepared, fill, hollow
+from export.targets.executorch_state import ViewsOfState, xnnpack
 from graphs.errors import UserError, nearest
 from graphs.files import sha256
 from graphs.program import Program
 from graphs.shorten import shorten
 
 FILE = "model.pte"
-
-
-def xnnpack() -> Any:
-    """XNNPACK's partitioner: CPUs."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    return XnnpackPartitioner()
-
 
 #: what may take parts of the graph, by the name that `extra["delegate"]` gives; the first is the default
 DELEGATES: dict[str, Callable[[], Any]] = {"xnnpack": xnnpack}
@@ -59,7 +52,7 @@ class ExecuTorchTarget:
         delegate = options.extra.get("delegate", next(iter(DELEGATES)))
         if delegate not in DELEGATES:
             raise UserError(f"unknown delegate '{delegate}' of executorch: {nearest(delegate, DELEGATES)}")
-        with quiet(), shared_history():
+        with quiet():
             make = partial(write, program, directory / FILE, DELEGATES[delegate](), options)
             methods = options.piece(list(program), make)
         details = {"delegate": delegate, "methods": methods, "sha256": sha256(directory / FILE)}
@@ -76,11 +69,13 @@ def write(program: Program, path: Path, partitioner: Any, options: LowerOptions)
     executorch_quant.decomposed()  # their kernels must be known where operators get their outputs planned
     constants = constant_methods(program.methods, options.metadata)
     stacks = {method: executorch_grow.runs(program, method) for method in program}
-    with lowered(program, stacks, partitioner, constants) as edge:
+    with lowered(program, stacks, partitioner, constants, options.memo) as edge:
         kernels = {method: executorch_kernels.kernels(edge.exported_program(method).graph_module) for method in program}
         options.progress("planning memory")
         # Reinplacing writes new rows into the cache itself, not into a copy; names let a runtime find and zero it.
-        planned = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True, emit_mutable_buffer_names=True))
+        planned = edge.to_executorch(
+            ExecutorchBackendConfig(passes=[ViewsOfState()], run_reinplace_pass=True, emit_mutable_buffer_names=True)
+        )
         options.progress(f"writing {path.name}")
         with path.open("wb") as file:
             planned.write_to_file(file)
@@ -95,16 +90,26 @@ def write(program: Program, path: Path, partitioner: Any, options: LowerOptions)
 
 @contextmanager
 def lowered(
-    program: Program, stacks: executorch_grow.Stacks, partitioner: Any, constants: Mapping[str, Any]
+    program: Program,
+    stacks: executorch_grow.Stacks,
+    partitioner: Any,
+    constants: Mapping[str, Any],
+    prepared: dict[str, Prepared | None],
 ) -> Iterator[Any]:
-    """All methods as ExecuTorch's edge programs: of `stacks` three layers are lowered, and the others made of them."""
-    from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+    """All methods as ExecuTorch's edge programs: of `stacks` three layers are lowered, and the others made of them.
+
+    `prepared`: of `Delegates`.
+    """
+    from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
 
     legal = executorch_graph.legalize(executorch_attention.attend(shorten(program, executorch_grow.middle(stacks))))
-    delegates = Delegates(legal, program)
+    delegates = Delegates(legal, program, prepared)
     with delegates.used():
         edge = to_edge_transform_and_lower(
-            {method: hollow(legal, method) for method in legal}, partitioner=[partitioner], constant_methods=constants
+            {method: hollow(legal, method) for method in legal},
+            partitioner=[partitioner],
+            constant_methods=constants,
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),  # the gate runs what comes of it
         )
         methods = {}
         for method, runs in stacks.items():
@@ -113,7 +118,7 @@ def lowered(
             methods[method] = executorch_grow.Grower(method, part, program, delegates).run(runs)
     try:
         if None in methods.values():
-            with lowered(program, {method: [] for method in program}, partitioner, constants) as whole:
+            with lowered(program, {method: [] for method in program}, partitioner, constants, prepared) as whole:
                 yield whole
         else:
             yield EdgeProgramManager(methods, constants, edge.compile_config)
@@ -127,25 +132,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def shared_history() -> Iterator[None]:
-    """Let nodes share the records of which nodes they came from.
-
-    Each of some forty passes copies every node's whole chain of them, a quarter of the time of an export; nothing
-    writes to a record once it is made.
-    """
-    from torch.fx.traceback import NodeSource
-
-    def itself(record: NodeSource, memo: object) -> NodeSource:
-        return record
-
-    NodeSource.__deepcopy__ = itself  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del NodeSource.__deepcopy__  # type: ignore[attr-defined]
 
 
 TARGET = ExecuTorchTarget()

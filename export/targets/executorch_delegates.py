@@ -41,10 +41,25 @@ def hollow(program: Program, method: str) -> ExportedProgram:
             return torch.empty(fake.shape, dtype=fake.dtype)
         return compact(program.tensor(method, entry))
 
-    exported = program.exported(method, value)
+    exported = Functional.of(program.exported(method, value))
     for tensor in exported.state_dict.values():
         shared(tensor)
     return exported
+
+
+class Functional(ExportedProgram):
+    """A program that has been decomposed: that with an empty table, which makes a graph functional, changes nothing."""
+
+    @classmethod
+    def of(cls, exported: ExportedProgram) -> ExportedProgram:
+        """`exported`, which is a copy of the caller's own, said to be such."""
+        exported.__class__ = cls
+        return exported
+
+    def run_decompositions(self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> Any:
+        """Of `ExportedProgram`."""
+        empty = type(decomp_table) is dict and not decomp_table  # torch's own tables are dicts that fill themselves
+        return self if empty else super().run_decompositions(decomp_table, decompose_custom_triton_ops)
 
 
 def is_hollow(program: Program, method: str, entry: str) -> bool:
@@ -127,15 +142,16 @@ class Prepared:
 class Delegates:
     """Stands in for XNNPACK's passes, and for how it reads weights, while `program` is lowered.
 
-    `whole` has the layers that `program` was left without.
+    `whole` has the layers that `program` was left without. `prepared` holds what passes made of the delegates of other
+    programs, by structure, and takes what they make of these; None: they computed weights.
     """
 
-    def __init__(self, program: Program, whole: Program) -> None:
+    def __init__(self, program: Program, whole: Program, prepared: dict[str, Prepared | None]) -> None:
         self.program = program
         self.whole = whole
         self.method = ""
         self.rename: Callable[[str], str] = str
-        self.prepared: dict[str, Prepared | None] = {}  # by structure; None: its passes compute weights
+        self.prepared = prepared
         self.current: Mapping[str, Callable[[], Tensor]] = {}
         self.written: list[Any] = []
 
