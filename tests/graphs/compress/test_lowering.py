@@ -18,33 +18,37 @@ from runtimes.eager import EagerRuntime
 from runtimes.manifest import VECTORS, Bundle
 from runtimes.session import Session, rebuild
 
-#: between them, all operators that the rules are made of
-RULES = (
+#: between them, all operators that the rules are made of; and what is done to decoders
+PASSES = (
     "prune{keep=7,method=visionzip,seed=0}",
     "prune{keep=5,method=tome,seed=0}",
     "prune{keep=4,method=divprune,seed=0}",
+    "last_logits{}",
 )
 
 
 @pytest.mark.parametrize("target", ["coreml", "executorch", "onnxruntime", "tensorrt"])
-def test_three_rules_pass_the_gate(target: str, tmp_path: Path) -> None:
-    options = ExportOptions(Request("mobilevlm", "tiny"), target, compress=";".join(RULES), out=tmp_path / "b")
+def test_rules_and_last_logits_pass_the_gate(target: str, tmp_path: Path) -> None:
+    options = ExportOptions(Request("mobilevlm", "tiny"), target, compress=";".join(PASSES), out=tmp_path / "b")
     manifest = json.loads((export(options, silent) / "manifest.json").read_text())
-    assert manifest["passes"] == ";".join(RULES)
+    assert manifest["passes"] == ";".join(PASSES)
     assert manifest["tokens"] == {"before": 9, "after": 4}
     assert manifest["prompt"]["visual_tokens"] == 4
     assert manifest["methods"]["vision_encoder"]["outputs"][0]["shape"] == [1, 4, 64]
     verified = manifest["verification"]
-    assert [verified[name]["compress"] for name in ("token_embedding", "text_decoder")] == [None, None]
+    assert verified["token_embedding"]["compress"] is None
+    assert manifest["methods"]["text_decoder"]["outputs"][0]["shape"][1] == 1
+    assert verified["text_decoder"]["compress"]["of"] == "outputs"
+    assert verified["text_decoder"]["compress"]["relative_l2"] < 1e-6
     assert verified["vision_encoder"]["compress"]["of"] == "mean over tokens"
     assert 1e-3 < verified["vision_encoder"]["compress"]["relative_l2"] < 1
-    lower = verified["vision_encoder"]["lower"]
-    if target == "tensorrt":
-        assert "relative L2" in lower["checked"]
-        assert "built by" in lower["checked"]
-    else:
-        assert lower["executed"]
-        assert lower["relative_l2"] <= lower["limit"]
+    for lower in (verified[name]["lower"] for name in ("vision_encoder", "text_decoder")):
+        if target == "tensorrt":
+            assert "relative L2" in lower["checked"]
+            assert "built by" in lower["checked"]
+        else:
+            assert lower["executed"]
+            assert lower["relative_l2"] <= lower["limit"]
 
 
 @pytest.mark.parametrize("target", ["coreml", "executorch"])  # the rules go to every target above
