@@ -38,7 +38,11 @@ def narrow(program: Program, rows: int = ROWS) -> Program:
                 if wide(node.args[0], rows):
                     cut[str(node.args[0].target)] = node
                     specs[name] = replace(specs[name], high=min(specs[name].high, rows))
-            elif node.target is LINEAR and leaves(node) and all(wide(n, rows) for n in node.args[1:] if n is not None):
+            elif (
+                node.target is LINEAR
+                and leaves(node, alone=True)
+                and all(wide(n, rows) for n in node.args[1:] if n is not None)
+            ):
                 cut |= {str(n.target): node for n in node.args[1:] if n is not None}
         if not cut:
             continue
@@ -58,14 +62,19 @@ def wide(node: object, rows: int) -> bool:
     return bool(node.meta["val"].shape[0] > rows)
 
 
-def leaves(node: fx.Node) -> bool:
-    """Whether what a node computes goes nowhere but out of the graph, in its shape."""
+def leaves(node: fx.Node, alone: bool = False) -> bool:
+    """Whether what a node computes goes nowhere but out of the graph, in its shape.
+
+    `alone`: and meets nothing on its way but single numbers, so that fewer columns of it are computed as they were.
+    """
     shape = node.meta["val"].shape
     while len(node.users) == 1:
         (user,) = node.users
         if user.op == "output":
             return True
         if not isinstance(found := user.meta.get("val"), Tensor) or found.shape != shape:
+            return False
+        if alone and any(n is not node and n.meta["val"].numel() > 1 for n in user.all_input_nodes):
             return False
         node = user
     return False

@@ -7,8 +7,11 @@ from torch import nn
 
 from graphs.model import Request, load_model
 from graphs.narrow import narrow
+from graphs.program import Signature
+from graphs.spec import TensorSpec
 from graphs.trace import trace
 from runtimes.eager import EagerRuntime
+from tests.tiny import toy_program
 
 
 def test_ids_and_logits_are_of_the_first_words() -> None:
@@ -37,3 +40,26 @@ def test_what_is_narrow_already_stays() -> None:
     assert shapes["lm_head.weight"] == (64, 192)
     assert shapes["layers.0.mlp.up_proj.weight"][0] > 64
     assert isinstance(program.methods["text_decoder"].exported.state_dict["lm_head.weight"], nn.Parameter)
+
+
+class Projector(nn.Module):
+    """Two layers, the second as wide as the first, as between a tower and a decoder of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(8, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear_2(nn.functional.gelu(self.linear_1(x)))) * 30
+
+
+def test_a_layer_that_another_reads_is_no_head() -> None:
+    x = TensorSpec("x", (1, 3, 8))
+    program = toy_program("net", Projector, Signature((x,), (TensorSpec("y", (1, 3, 64)),)))
+    small = narrow(program, 16)
+    shapes = {name: tuple(t.shape) for name, t in small.methods["net"].exported.state_dict.items()}
+    assert shapes["linear_1.weight"] == (64, 8)
+    assert shapes["linear_2.weight"] == (16, 64)
+    given = [torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)).numpy()]
+    (mine,), (whole,) = (EagerRuntime(p).call("net", given) for p in (small, program))
+    assert torch.allclose(torch.from_numpy(mine), torch.from_numpy(whole[..., :16]), atol=1e-5)
