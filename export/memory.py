@@ -13,6 +13,10 @@ from pathlib import Path
 #: a process of this size is worth the third of a second that collecting takes
 LARGE_BYTES = 512 << 20
 
+#: glibc's number for the size from which on each block is a mapping of its own, the size wanted, and the largest that
+#: glibc itself comes to when it is left to find one
+M_MMAP_THRESHOLD, BLOCK_BYTES, LARGEST_BYTES = -3, 256 << 10, 32 << 20
+
 
 def resident_bytes() -> int:
     """What is resident now where the system tells (Linux), else the peak."""
@@ -43,6 +47,23 @@ def trim() -> None:
     """Give freed heap back to the system where the C library can (glibc): it keeps tens of large buffers otherwise."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """While this lasts a block of `BLOCK_BYTES` goes back to the system when it is freed, where the C library can
+    (glibc): else it keeps freed blocks of up to 32 MB for the next one, hundreds of megabytes of them in a builder of
+    engines."""
+    try:
+        option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield
+        return
+    option(M_MMAP_THRESHOLD, BLOCK_BYTES)
+    try:
+        yield
+    finally:
+        option(M_MMAP_THRESHOLD, LARGEST_BYTES)
 
 
 def reclaim() -> None:

@@ -68,7 +68,7 @@ class TensorRTTarget:
         symmetric=True,
         gates={"bfloat16": 5e-2},
         base_bytes=760 << 20,
-        held=3.2,  # the ONNX model, the parser's copy of it, and what the builder packs
+        held=1.7,  # what the builder copies of the weights, and the engine
     )
 
     def legalize(self, program: Program) -> Program:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from export.memory import large_blocks_returned
+from export.targets.trt_parse import parsed
 from graphs.errors import GateError, UserError, nearest
 from graphs.program import Signature
 from graphs.spec import Dim
@@ -103,11 +105,6 @@ def build_engine(
     logger = collecting_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        told = "; ".join(f"node '{e.node_name()}' ({e.node_operator()}): {e.desc()}" for e in errors)
-        raise GateError(f"{library.title} cannot parse {path.name}: {told or 'no reason given'}")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: TF32 keeps 10 bits of the mantissa
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
@@ -119,7 +116,7 @@ def build_engine(
             if spec.dims:
                 shapes.set_shape(spec.name, *(profile.shape(spec.shape, which) for which in range(3)))
         config.add_optimization_profile(shapes)
-    with out.open("wb") as file:
+    with parsed(trt, network, logger, library.title, path), large_blocks_returned(), out.open("wb") as file:
         built = builder.build_serialized_network_to_stream(network, config, stream_writer(trt, file))
     if not built:
         raise GateError(f"{library.title} cannot build {path.name}: {'; '.join(logger.errors) or 'no reason given'}")

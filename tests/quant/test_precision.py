@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 
 from export.verify import compare, program_signatures, record, seeded_inputs
 from graphs.rewrite import Opened
+from quant import precision
 from quant.insert import Choice, insert
 from quant.layers import layers
 from quant.precision import CastFloats
@@ -68,3 +69,19 @@ def test_integers_stay() -> None:
     inputs = seeded_inputs({"text_decoder": program_signatures(full)["text_decoder"]})
     errors = compare(record(EagerRuntime(half), inputs), record(EagerRuntime(full), inputs))
     assert 1e-6 < errors["text_decoder"]["relative_l2"] < 1e-2
+
+
+def test_not_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Casting is inserting casts: tracing a large graph again takes half a minute."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("traced")
+
+    monkeypatch.setattr(precision, "trace_module", refuse)
+    half = CastFloats(torch.float16).run(tiny_program("tiny"))
+    kept = {node.meta["val"].dtype for node in half.methods["text_decoder"].exported.graph.nodes if is_linear(node)}
+    assert kept == {torch.float16}
+
+
+def is_linear(node: Node) -> bool:
+    return node.target is torch.ops.aten.linear.default
