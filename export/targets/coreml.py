@@ -72,7 +72,7 @@ class CoreMLTarget:
         },
         default_recipe="reference-fp16",
         base_bytes=700 << 20,
-        held=3.0,  # integers a byte each, coremltools' copies of them, and what it packs
+        held=2.0,  # integers a byte each, and what is packed of them
         native=frozenset(PRECISION),
         gates={"float32": LIMITS["float16"]},
     )

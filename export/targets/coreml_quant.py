@@ -35,11 +35,11 @@ def ranked(x: Array, rank: int) -> Array:
 
 
 def packed(x: Array, bits: int, signed: bool) -> Array:
-    """Integers marked as `bits` wide, so that coremltools packs them when it writes the weights."""
+    """Integers marked as `bits` wide, the same memory, so that coremltools packs them when it writes the weights."""
     from coremltools.converters.mil.mil import types
 
     kind = types.string_to_builtin(f"{'int' if signed else 'uint'}{bits}")
-    return x.astype(types.nptype_from_builtin(kind))
+    return x.view(types.nptype_from_builtin(kind))
 
 
 @converts("dequantize")
