@@ -85,6 +85,13 @@ def as_traced(node: fx.Node, known: frozenset[Any]) -> bool:
     return not torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
 
 
+def forget(graph: fx.Graph) -> None:
+    """Drop the values of all that is not an input, for `infer` to find anew: a change made others of some."""
+    for node in graph.nodes:
+        if node.op in ("call_function", "get_attr"):
+            node.meta.pop("val", None)
+
+
 def infer(module: fx.GraphModule) -> None:
     """Give nodes that have none a fake value, in the fake mode of those that have one."""
     known = (node.meta.get("val") for node in module.graph.nodes)
@@ -113,7 +120,8 @@ def place(graph: fx.Graph) -> None:
 def lift(exported: ExportedProgram, module: fx.GraphModule) -> ExportedProgram | None:
     """`module`, a changed copy of `exported.module()`, as an ExportedProgram; None where it has to be traced.
 
-    Nodes without a value are new. A change may not alter the value (shape, dtype) of a node that has one.
+    Nodes without a value are new, or were made to `forget` it: a change may not alter the value (shape, dtype) of one
+    that has it.
     """
     old = exported.graph_signature
     known = frozenset(node.target for node in exported.graph.nodes if node.op == "call_function")

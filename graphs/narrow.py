@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from graphs.lift import forget
 from graphs.program import Program
 from graphs.rewrite import Opened
 
@@ -51,7 +52,8 @@ def narrow(program: Program, rows: int = ROWS) -> Program:
             shape = program.methods[method].exported.state_dict[entry].shape
             opened.reshape(entry, (rows, *shape[1:]))
             values[entry] = partial(first, program, method, entry, rows)
-        program = opened.retrace(values, tuple(specs.values()))
+        forget(opened.graph)
+        program = opened.lift(values, tuple(specs.values()))
     return program
 
 

@@ -121,15 +121,20 @@ class Opened:
         signature = replace(self.program.methods[self.method].signature, inputs=inputs or self.inputs)
         return self.with_exported(trace_module(self.module, signature.inputs, self.mode), signature, state, constants)
 
-    def lift(self) -> Program:
-        """The program with the changed graph, not traced anew where only operators that stay whole were put in.
+    def lift(
+        self, constants: Mapping[str, Constant] | None = None, inputs: tuple[TensorSpec, ...] | None = None
+    ) -> Program:
+        """As `retrace`, but not traced anew where only operators that stay whole were put in.
 
-        No value that a node had may have changed in shape or dtype; else, and for other inputs or state, `retrace`.
+        Nodes keep the values that they have: where one changed in shape or dtype, `graphs.lift.forget` them first.
+        Inputs of other shapes, or new state, need `retrace`.
         """
         self.graph.eliminate_dead_code(acts)
-        traced = self.program.methods[self.method]
-        exported = lift(traced.exported, self.module)
-        return self.retrace() if exported is None else self.with_exported(exported, traced.signature)
+        exported = lift(self.program.methods[self.method].exported, self.module)
+        if exported is None:
+            return self.retrace(constants, inputs)
+        signature = replace(self.program.methods[self.method].signature, inputs=inputs or self.inputs)
+        return self.with_exported(exported, signature, (), constants)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

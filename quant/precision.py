@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
-from graphs.lift import WRITES, infer, lift
+from graphs.lift import WRITES, forget, infer, lift
 from graphs.program import Program, TracedMethod
 from graphs.spec import TensorSpec
 from graphs.trace import trace_module
@@ -50,9 +50,7 @@ def recast(exported: ExportedProgram, inputs: tuple[TensorSpec, ...], dtype: tor
     with mode:
         cast_tensors(module, dtype)
     casts = cast_nodes(module.graph, dtype)
-    for node in module.graph.nodes:
-        if node.op in ("call_function", "get_attr"):
-            node.meta.pop("val", None)
+    forget(module.graph)
     infer(module)
     drop_idle(casts)
     module.recompile()
