@@ -55,6 +55,7 @@ def start(contender: Contender, artefacts: Mapping[str, Made | str], workshop: W
     for found in artefacts.values():
         if isinstance(found, str):
             raise Failed(found)
+    assert contender.worker is not None
     workshop.progress(f"{contender.name}: loading")
     directories = [str(workshop.place(name)) for name in contender.artefacts]
     log = workshop.directory / f"worker-{slug(contender)}.log"
@@ -77,6 +78,9 @@ def compete(
     failed: dict[str, Result] = {}
     try:
         for contender in chosen:
+            if contender.worker is None:
+                failed[slug(contender)] = Result()
+                continue
             try:
                 running[slug(contender)] = start(contender, artefacts[contender.name], workshop)
             except Failed as why:

@@ -12,12 +12,21 @@ COMPILER = ("graphs", "calibration", "quant", "runtimes", "export")
 
 RECIPE = "peers/quick.toml"
 
+#: target -> the distribution that lowers for it
+LIBRARIES = {
+    "onnxruntime": "onnxruntime",
+    "executorch": "executorch",
+    "coreml": "coremltools",
+    "tensorrt": "tensorrt-rtx-cu13",
+}
+
 
 def ours(target: str) -> Artefact:
     """A bundle as a user would export it."""
     what = ("mobilevlm", "--checkpoint", "{checkpoint}", "--target", target, "--quant", RECIPE)
     options = ("--compress", "last_logits", "--max-context", str(CONTEXT), "--out", "{OUT}/bundle")
-    return Artefact(("export.cli", "export", *what, *options), ("checkpoint",), (*COMPILER, RECIPE), ("torch", target))
+    packages = ("torch", LIBRARIES[target])
+    return Artefact(("export.cli", "export", *what, *options), ("checkpoint",), (*COMPILER, RECIPE), packages)
 
 
 def gguf(kind: str) -> Artefact:
@@ -56,8 +65,7 @@ ARTEFACTS: dict[str, Artefact] = {
         ("checkpoint",),
         ("graphs/components", "graphs/architectures/mobilevlm.py", "peers/ours/eager.py", "peers/load.py"),
     ),
-    "ours-onnxruntime": ours("onnxruntime"),
-    "ours-executorch": ours("executorch"),
+    **{f"ours-{target}": ours(target) for target in LIBRARIES},
     "gguf-text": gguf("text"),
     "gguf-vision-q8_0": gguf("q8_0"),
     "gguf-vision-f16": gguf("f16"),
@@ -94,10 +102,10 @@ ARTEFACTS: dict[str, Artefact] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A row: what runs it, with which artefacts, and what those are."""
+    """A row: what runs it, with which artefacts, and what those are. Without a worker they are made alone."""
 
     name: str
-    worker: str
+    worker: str | None
     artefacts: tuple[str, ...]
     about: str
     ours: bool = False
@@ -116,6 +124,20 @@ CONTENDERS = (
         "peers.ours.worker",
         ("ours-executorch",),
         f"decoder int4 in groups of 32, head and tower int8 ({RECIPE})",
+        ours=True,
+    ),
+    Contender(
+        "vlmx coreml",
+        None,
+        ("ours-coreml",),
+        f"decoder int4 in groups of 32, head and tower int8 ({RECIPE}); made alone: Core ML runs on Apple's systems",
+        ours=True,
+    ),
+    Contender(
+        "vlmx tensorrt",
+        None,
+        ("ours-tensorrt",),
+        f"decoder int4 in groups of 32, head and tower int8 ({RECIPE}); made alone: `make bench-gpu` runs engines",
         ours=True,
     ),
     Contender(

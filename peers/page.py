@@ -81,11 +81,16 @@ def class_last(rows: Sequence[Row]) -> list[str]:
 def making_table(rows: Sequence[Row]) -> list[str]:
     """Seconds and memory of making."""
     lines = [
-        [row["name"], f"{made['seconds']:.1f}", mebibytes(made["peak_rss_bytes"]), ", ".join(made["artefacts"])]
+        [
+            row["name"],
+            f"{made['seconds']:.1f}",
+            *(mebibytes(count) for count in (made["peak_rss_bytes"], row["file_bytes"])),
+            ", ".join(made["artefacts"]),
+        ]
         for row in rows
         if (made := row["making"]) is not None
     ]
-    return table(["", "seconds", "peak memory, MiB", "artefacts"], lines)
+    return table(["", "seconds", "peak memory, MiB", "files, MiB", "artefacts"], lines)
 
 
 def judged(goals: Sequence[Goal]) -> list[str]:

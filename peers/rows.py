@@ -61,6 +61,7 @@ def row(contender: Contender, result: Result, artefacts: Mapping[str, Made | str
     return {
         "name": contender.name,
         "ours": contender.ours,
+        "runs": contender.worker is not None,
         "about": contender.about,
         "version": result.version,
         "why": result.why,

@@ -19,6 +19,7 @@ def row(name: str, ours: bool = False, db: float = 40.0, **seconds: float) -> Ro
     return {
         "name": name,
         "ours": ours,
+        "runs": True,
         "about": "int4",
         "version": "v1",
         "why": None,
@@ -48,7 +49,7 @@ def verdicts(rows: list[Row]) -> list[bool | None]:
 
 
 def test_goals_are_judged_by_ratio_and_accuracy(rows: list[Row]) -> None:
-    decode, each, prefill, vision, first, onnx, pte = judged(rows)
+    decode, each, prefill, vision, first, onnx, pte, *_ = judged(rows)
     assert decode.met
     assert decode.evidence == "vlmx onnxruntime 1.05 times, vlmx executorch 0.95 times"
     assert each.met
@@ -65,7 +66,7 @@ def test_goals_just_missed(rows: list[Row]) -> None:
     rows[0]["medians"] |= {"decode": 2.2, "prefill": 1.1, "vision": 0.86, "ttft": 1.9}
     rows[0]["making"]["peak_rss_bytes"] = int(1.1e9)
     rows[1]["medians"]["decode"] = 2.4  # not 1.3 times, though the other is
-    assert verdicts(rows) == [False, False, False, False, True, False, True]
+    assert verdicts(rows) == [False, False, False, False, True, False, True, None, None]
 
 
 def test_an_inaccurate_tower_meets_nothing(rows: list[Row]) -> None:
@@ -74,10 +75,20 @@ def test_an_inaccurate_tower_meets_nothing(rows: list[Row]) -> None:
 
 
 def test_what_was_not_measured_is_not_judged(rows: list[Row]) -> None:
-    assert verdicts(rows[:2]) == [None, None, None, True, None, True, True]
+    assert verdicts(rows[:2]) == [None, None, None, True, None, True, True, None, None]
     rows[1]["medians"] = {}
     assert judged(rows)[1].met is False  # one of ours has no number: not each of them met it
-    assert verdicts([]) == [None] * 7
+    assert verdicts([]) == [None] * 9
+
+
+def test_what_is_made_alone_is_judged_for_that(rows: list[Row]) -> None:
+    engines = row("vlmx tensorrt", True) | {"runs": False, "file_bytes": int(1e9)}
+    before = verdicts(rows)
+    assert verdicts([*rows, engines]) == [*before[:-1], True]
+    engines["making"]["peak_rss_bytes"] = int(2.6e9)  # 1.5 times a gigabyte, and one more
+    goal = judged([*rows, engines])[-1]
+    assert goal.met is False
+    assert goal.evidence == "29.0 s, 2.60 GB of 2.50"
 
 
 def document(rows: list[Row]) -> dict[str, Any]:
