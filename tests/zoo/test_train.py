@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from zoo.train import Batches, Plan, Trainer
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of one, and a validation that takes no time."""
+    """A process group of one, one tokenizer for all runs, and a validation that takes no time."""
     monkeypatch.setattr(train, "VALIDATION_COUNT", 7)
+    monkeypatch.setattr(train, "train_tokenizer", cache(train.train_tokenizer))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
