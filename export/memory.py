@@ -51,19 +51,21 @@ def trim() -> None:
 
 @contextmanager
 def large_blocks_returned() -> Iterator[None]:
-    """While this lasts a block of `BLOCK_BYTES` goes back to the system when it is freed, where the C library can
-    (glibc): else it keeps freed blocks of up to 32 MB for the next one, hundreds of megabytes of them in a builder of
-    engines."""
-    try:
-        option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        yield
-        return
-    option(M_MMAP_THRESHOLD, BLOCK_BYTES)
+    """While this lasts a block of `BLOCK_BYTES` goes back to the system when it is freed.
+
+    Else the C library keeps freed blocks of up to 32 MB for the next one: hundreds of MB where engines are built.
+    """
+    map_blocks_from(BLOCK_BYTES)
     try:
         yield
     finally:
-        option(M_MMAP_THRESHOLD, LARGEST_BYTES)
+        map_blocks_from(LARGEST_BYTES)
+
+
+def map_blocks_from(size: int) -> None:
+    """Let each block of `size` bytes and more be a mapping of its own, where the C library can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, size)
 
 
 def reclaim() -> None:

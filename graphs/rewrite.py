@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from graphs.errors import UserError
 from graphs.lift import lift
-from graphs.program import Constant, Program, Signature
+from graphs.program import Constant, Program
 from graphs.spec import Dim, TensorSpec
 from graphs.trace import trace_module
 
@@ -118,8 +118,8 @@ class Opened:
         self.graph.eliminate_dead_code(acts)
         self.module.recompile()
         self.module._forward_pre_hooks.clear()  # they check for the sizes of inputs as they were
-        signature = replace(self.program.methods[self.method].signature, inputs=inputs or self.inputs)
-        return self.with_exported(trace_module(self.module, signature.inputs, self.mode), signature, state, constants)
+        taken = inputs or self.inputs
+        return self.with_exported(trace_module(self.module, taken, self.mode), taken, state, constants)
 
     def lift(
         self, constants: Mapping[str, Constant] | None = None, inputs: tuple[TensorSpec, ...] | None = None
@@ -133,8 +133,7 @@ class Opened:
         exported = lift(self.program.methods[self.method].exported, self.module)
         if exported is None:
             return self.retrace(constants, inputs)
-        signature = replace(self.program.methods[self.method].signature, inputs=inputs or self.inputs)
-        return self.with_exported(exported, signature, (), constants)
+        return self.with_exported(exported, inputs or self.inputs, (), constants)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -144,12 +143,13 @@ class Opened:
     def with_exported(
         self,
         exported: ExportedProgram,
-        signature: Signature,
-        state: tuple[TensorSpec, ...] = (),
-        constants: Mapping[str, Constant] | None = None,
+        inputs: tuple[TensorSpec, ...],
+        state: tuple[TensorSpec, ...],
+        constants: Mapping[str, Constant] | None,
     ) -> Program:
         """The program with `exported` as the method; see `retrace`."""
         traced = self.program.methods[self.method]
+        signature = replace(traced.signature, inputs=inputs)
         written = set(exported.graph_signature.buffers_to_mutate.values())
         states = tuple(spec for spec in (*signature.state, *state) if spec.name in written)
         users = exported.graph_signature.user_outputs

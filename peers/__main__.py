@@ -50,12 +50,13 @@ def made(workshop: Workshop, names: Sequence[str]) -> dict[str, Made | str]:
     return found
 
 
-def start(contender: Contender, artefacts: Mapping[str, Made | str], workshop: Workshop) -> Process:
-    """The running worker. Raises `Failed`, too where an artefact is missing."""
+def start(contender: Contender, artefacts: Mapping[str, Made | str], workshop: Workshop) -> Process | None:
+    """The running worker, None where there is none. Raises `Failed`, too where an artefact is missing."""
     for found in artefacts.values():
         if isinstance(found, str):
             raise Failed(found)
-    assert contender.worker is not None
+    if contender.worker is None:
+        return None
     workshop.progress(f"{contender.name}: loading")
     directories = [str(workshop.place(name)) for name in contender.artefacts]
     log = workshop.directory / f"worker-{slug(contender)}.log"
@@ -75,17 +76,19 @@ def compete(
     shutil.rmtree(outputs, ignore_errors=True)
     outputs.mkdir()
     running: dict[str, Process] = {}
-    failed: dict[str, Result] = {}
+    others: dict[str, Result] = {}
     try:
         for contender in chosen:
-            if contender.worker is None:
-                failed[slug(contender)] = Result()
-                continue
             try:
-                running[slug(contender)] = start(contender, artefacts[contender.name], workshop)
+                process = start(contender, artefacts[contender.name], workshop)
             except Failed as why:
-                failed[slug(contender)] = Result(why=str(why))
-        return {**alternate(running, rounds, outputs, workshop.progress), **failed}
+                others[slug(contender)] = Result(why=str(why))
+                continue
+            if process is None:
+                others[slug(contender)] = Result()
+            else:
+                running[slug(contender)] = process
+        return {**alternate(running, rounds, outputs, workshop.progress), **others}
     finally:
         for process in running.values():
             process.kill()

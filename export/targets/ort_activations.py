@@ -16,7 +16,7 @@ from torch import Tensor
 from export.targets.onnx_qdq import Spelling
 from export.targets.onnx_quant_ops import attribute, inputs_of
 from export.targets.onnx_weights import derived, is_weight
-from export.targets.ort_patterns import MICROSOFT, linears
+from export.targets.ort_patterns import MICROSOFT, Linear, linears
 
 SHIFT = 128
 FLOAT, INT8, UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8
@@ -27,9 +27,15 @@ def shifted(integers: Tensor) -> Tensor:
     return integers.view(torch.uint8) ^ SHIFT
 
 
-def turned(weight_OK: Tensor) -> Tensor:
-    """A linear layer's int8 weight as its products read it: uint8 [K, O], around `SHIFT`."""
-    return shifted(weight_OK).T
+def factors(graph: ir.Graph, layer: Linear) -> tuple[ir.Value, ir.Value]:
+    """A layer's int8 weight as integer products read it, uint8 [K, O] around `SHIFT`, and its scales, float32 [O]."""
+    weight_KO = derived(graph, layer.q, "unsigned.transposed", lambda tensor: shifted(tensor).T, UINT8)
+    return weight_KO, derived(graph, layer.scale, "flat", lambda tensor: tensor.flatten().float(), FLOAT)
+
+
+def middle(scale: Tensor) -> Tensor:
+    """The zero points of shifted integers, as many as there are scales."""
+    return torch.full_like(scale, SHIFT, dtype=torch.uint8)
 
 
 def zero_point(spell: Spelling) -> ir.Value:
@@ -67,15 +73,9 @@ def unsigned_convolutions(model: ir.Model) -> None:
             continue
         assert q is not None
         assert scale is not None
-        spell = Spelling(model.graph, weight)
-        parts = [
-            derived(model.graph, q, "unsigned", shifted, UINT8),
-            derived(model.graph, scale, "flat", lambda tensor: tensor.flatten()),
-            derived(
-                model.graph, scale, "middle", lambda tensor: torch.full([len(tensor)], SHIFT, dtype=torch.uint8), UINT8
-            ),
-        ]
-        spell.replace([spell.op("DequantizeLinear", *parts, axis=0)])
+        weight.resize_inputs(3)
+        weight.replace_input_with(0, derived(model.graph, q, "unsigned", shifted, UINT8))
+        weight.replace_input_with(2, derived(model.graph, scale, "middle", middle, UINT8))
 
 
 def put(graph: ir.Graph, node: ir.Node, dtype: ir.DataType | None, kind: str, *inputs: ir.Value | None) -> None:
@@ -99,8 +99,7 @@ def fuse_integer(model: ir.Model) -> None:
         assert scale is not None
         if integers.dtype != UINT8:
             continue
-        weight = derived(graph, layer.q, "unsigned.transposed", turned, UINT8)
-        scales = derived(graph, layer.scale, "flat", lambda tensor: tensor.flatten().float(), FLOAT)
+        weight, scales = factors(graph, layer)
         scale = derived(graph, scale, "wide", lambda tensor: tensor.float(), FLOAT)
         spell = Spelling(graph, layer.product)
         dtype = layer.scale.dtype

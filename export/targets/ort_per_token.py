@@ -20,7 +20,7 @@ from torch import Tensor
 from export.targets.onnx_qdq import Spelling, width
 from export.targets.onnx_quant_ops import inputs_of
 from export.targets.onnx_weights import derived
-from export.targets.ort_activations import SHIFT, turned, zero_point
+from export.targets.ort_activations import SHIFT, factors, zero_point
 from export.targets.ort_patterns import MICROSOFT, Linear, linears
 from quant.ops import INT8_MAX, INT8_MIN, TINY
 
@@ -87,8 +87,7 @@ def quantized(graph: ir.Graph, node: ir.Node) -> Rows:
 def multiply(graph: ir.Graph, layer: Linear, rows: Rows) -> None:
     """Put the product of integers, and what is left of their zero points, in place of the layer."""
     spell = Spelling(graph, layer.product)
-    weight_KO = derived(graph, layer.q, "unsigned.transposed", turned, UINT8)
-    scale_O = derived(graph, layer.scale, "flat", lambda tensor: tensor.flatten().float(), FLOAT)
+    weight_KO, scale_O = factors(graph, layer)
     sums_1O = derived(graph, (layer.q, layer.scale), "sums", sums, FLOAT)
     one, middle = spell.constant(1.0, FLOAT), zero_point(spell)
     y_RO = spell.op("MatMulIntegerToFloat", rows.q_RK, weight_KO, one, scale_O, middle, middle, domain=MICROSOFT)

@@ -118,11 +118,12 @@ def build_engine(
         config.add_optimization_profile(shapes)
     with parsed(trt, network, logger, library.title, path), large_blocks_returned(), out.open("wb") as file:
         built = builder.build_serialized_network_to_stream(network, config, stream_writer(trt, file))
+        layers, products = network.num_layers, arithmetic(trt, network)
     if not built:
         raise GateError(f"{library.title} cannot build {path.name}: {'; '.join(logger.errors) or 'no reason given'}")
     with out.open("rb") as file:
         header = file.read(HEADER_BYTES)
-    return Engine(out.stat().st_size, header, network.num_layers, arithmetic(trt, network), list(logger.warnings))
+    return Engine(out.stat().st_size, header, layers, products, list(logger.warnings))
 
 
 def stream_writer(trt: Any, file: BinaryIO) -> Any:

@@ -28,14 +28,15 @@ def parsed(trt: Any, network: Any, logger: Any, title: str, path: Path) -> Itera
     """
     parser = trt.OnnxParser(network, logger)
     with mapped(path.with_name(f"{path.name}.data")) as weights:
-        known = parser.load_model_proto(path.read_bytes(), str(path))
-        known = known and all(parser.load_initializer(name, *place) for name, place in external(path, weights))
+        graph = path.read_bytes()
+        known = parser.load_model_proto(graph, str(path))
+        known = known and all(parser.load_initializer(name, *place) for name, place in external(graph, weights))
         if not (known and parser.parse_model_proto()):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
             told = "; ".join(f"node '{e.node_name()}' ({e.node_operator()}): {e.desc()}" for e in errors)
             raise GateError(f"{title} cannot parse {path.name}: {told or 'no reason given'}")
         yield
-        del parser
+        del parser  # before what it reads
 
 
 @contextmanager
@@ -61,9 +62,9 @@ def mapped(path: Path) -> Iterator[np.ndarray]:
         thread.join()
 
 
-def external(path: Path, weights: np.ndarray) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The initializers of `path` that lie in `weights`: name, and address and size in bytes."""
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+def external(graph: bytes, weights: np.ndarray) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The initializers of an ONNX file that lie in `weights`: name, and address and size in bytes."""
+    for tensor in onnx.load_model_from_string(graph).graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             where = {entry.key: entry.value for entry in tensor.external_data}
             offset, size = int(where.get("offset", 0)), int(where["length"])

@@ -41,7 +41,7 @@ def resident(path: Path) -> int:
 
 def test_external(path: Path) -> None:
     with mapped(path.with_name("g.onnx.data")) as weights:
-        found = dict(external(path, weights))
+        found = dict(external(path.read_bytes(), weights))
         assert set(found) == set(WEIGHTS)
         for name, (address, size) in found.items():
             assert ctypes.string_at(address, size) == WEIGHTS[name].tobytes()
