@@ -13,6 +13,7 @@ from graphs.files import reason
 from graphs.program import Signature
 from runtimes.base import Array, Artifact, Unavailable
 from runtimes.onnx_files import checked_model
+from runtimes.ort_saturation import saturates
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -64,7 +65,10 @@ class Session:
 
 
 class OnnxRuntime:
-    """Runs on the CPU; `details["threads"]` sets the threads of one operator (default: the machine's cores)."""
+    """Runs on the CPU; `details["threads"]` sets the threads of one operator (default: the machine's cores).
+
+    `details["without_vnni"]` configures sessions on processors whose integer products saturate otherwise.
+    """
 
     def __init__(self, sessions: Mapping[str, Session], signatures: Mapping[str, Signature], version: str) -> None:
         self.sessions, self.signatures = sessions, signatures
@@ -79,6 +83,10 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(artifact.details.get("threads", 0))
         options.log_severity_level = 3
+        entries: Mapping[str, str] = artifact.details.get("without_vnni", {})
+        if entries and saturates():
+            for key, value in entries.items():
+                options.add_session_config_entry(key, value)
         sessions: dict[str, Session] = {}
         for method, name in artifact.files.items():
             path = checked_model(artifact.directory, name)

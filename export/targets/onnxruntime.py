@@ -13,7 +13,7 @@ import onnx
 
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, in_place, operators, write
-from export.targets.ort_activations import fuse_integer, unsigned_activations, unsigned_convolutions
+from export.targets.ort_activations import WITHOUT_VNNI, fuse_integer, unsigned_activations
 from export.targets.ort_attention import fuse_attention
 from export.targets.ort_embedding import fuse_embedding
 from export.targets.ort_joined import join_layers
@@ -38,7 +38,7 @@ LINEAR = (
 EMBEDDING = tuple(f"w{bits}{group}" for bits in (8, 4, 3) for group in ("", *GROUPS))
 
 #: ONNX Runtime's own operators and number formats for quantized layers
-FUSIONS = (unsigned_activations, unsigned_convolutions, fuse_integer, fuse_per_token, fuse_linear, fuse_embedding)
+FUSIONS = (unsigned_activations, fuse_integer, fuse_per_token, fuse_linear, fuse_embedding)
 LAST_FUSIONS = (fuse_attention, join_layers)
 
 
@@ -101,6 +101,8 @@ class OnnxRuntimeTarget:
         for method, name in files.items():
             methods |= options.piece([method], partial(lower, program, method, directory / name, options))
         details = {"opset": OPSET, "methods": methods}
+        if any("QuantizeLinear" in found["operators"] for found in methods.values()):
+            details["without_vnni"] = WITHOUT_VNNI
         versions = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
         return Lowered(files, details, versions)
 

@@ -1,9 +1,10 @@
 """Static int8 activations in ONNX Runtime: as uint8, and multiplied as such by `MatMulIntegerToFloat`.
 
-Its x86 kernels multiply uint8 several times faster than int8; the shift by 128 is exact. Weights are shifted, too:
-without VNNI instructions the kernel of uint8 by int8 adds two products in 16 bits, where they saturate, while that of
-uint8 by uint8 is exact; with VNNI both are the same kernel. The operator is put here rather than left to the session's
-optimizer, which loses the layer where it first makes a Gemm of it.
+Its x86 kernels multiply uint8 by int8 several times faster than int8 by int8; the shift by 128 is exact. With VNNI
+instructions they are more than twice as fast as those of uint8 by uint8, too; without, they add two products in 16
+bits, where these saturate, and a session wants `WITHOUT_VNNI`, by which it shifts the weights as it loads them. The
+operator is put here rather than left to the session's optimizer, which loses the layer where it first makes a Gemm of
+it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from export.targets.onnx_qdq import Spelling
 from export.targets.onnx_quant_ops import attribute, inputs_of
-from export.targets.onnx_weights import derived, is_weight
+from export.targets.onnx_weights import derived
 from export.targets.ort_patterns import MICROSOFT, Linear, linears
 
 SHIFT = 128
 FLOAT, INT8, UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8
+
+#: entries of a session's configuration that make integer products exact on x86 processors without VNNI (and twice as
+#: slow on those with it)
+WITHOUT_VNNI = {"session.x64quantprecision": "1"}
 
 
 def shifted(integers: Tensor) -> Tensor:
@@ -28,14 +33,9 @@ def shifted(integers: Tensor) -> Tensor:
 
 
 def factors(graph: ir.Graph, layer: Linear) -> tuple[ir.Value, ir.Value]:
-    """A layer's int8 weight as integer products read it, uint8 [K, O] around `SHIFT`, and its scales, float32 [O]."""
-    weight_KO = derived(graph, layer.q, "unsigned.transposed", lambda tensor: shifted(tensor).T, UINT8)
+    """A layer's weight as integer products read it, int8 [K, O], and its scales, float32 [O]."""
+    weight_KO = derived(graph, layer.q, "transposed", lambda tensor: tensor.T)
     return weight_KO, derived(graph, layer.scale, "flat", lambda tensor: tensor.flatten().float(), FLOAT)
-
-
-def middle(scale: Tensor) -> Tensor:
-    """The zero points of shifted integers, as many as there are scales."""
-    return torch.full_like(scale, SHIFT, dtype=torch.uint8)
 
 
 def zero_point(spell: Spelling) -> ir.Value:
@@ -58,24 +58,6 @@ def unsigned_activations(model: ir.Model) -> None:
             put(model.graph, node, UINT8, "QuantizeLinear", x, scale, zero)
             for reader in readers:
                 put(model.graph, reader, reader.outputs[0].dtype, "DequantizeLinear", *reader.inputs[:2], zero)
-
-
-def unsigned_convolutions(model: ir.Model) -> None:
-    """Shift the weights of convolutions of static uint8 activations, which the session's optimizer makes integer."""
-    for node in list(model.graph):
-        if node.op_type != "Conv":
-            continue
-        made, weight = (value.producer() if value else None for value in node.inputs[:2])
-        if made is None or made.op_type != "DequantizeLinear" or weight is None or weight.op_type != "Dequantize":
-            continue
-        given, (q, scale, zero) = made.inputs[0], inputs_of(weight, 3)
-        if given is None or given.dtype != UINT8 or not is_weight(q) or not is_weight(scale) or zero is not None:
-            continue
-        assert q is not None
-        assert scale is not None
-        weight.resize_inputs(3)
-        weight.replace_input_with(0, derived(model.graph, q, "unsigned", shifted, UINT8))
-        weight.replace_input_with(2, derived(model.graph, scale, "middle", middle, UINT8))
 
 
 def put(graph: ir.Graph, node: ir.Node, dtype: ir.DataType | None, kind: str, *inputs: ir.Value | None) -> None:
@@ -104,8 +86,7 @@ def fuse_integer(model: ir.Model) -> None:
         spell = Spelling(graph, layer.product)
         dtype = layer.scale.dtype
         narrow = dtype != FLOAT
-        parts = [integers, weight, scale, scales, zero, zero_point(spell)]
-        parts += [layer.bias] if layer.bias and not narrow else []
+        parts = [integers, weight, scale, scales, zero, *([None, layer.bias] if layer.bias and not narrow else [])]
         product = spell.op("MatMulIntegerToFloat", *parts, domain=MICROSOFT)
         if narrow:
             product = spell.op("Cast", product, to=dtype)

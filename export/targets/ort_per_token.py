@@ -90,7 +90,7 @@ def multiply(graph: ir.Graph, layer: Linear, rows: Rows) -> None:
     weight_KO, scale_O = factors(graph, layer)
     sums_1O = derived(graph, (layer.q, layer.scale), "sums", sums, FLOAT)
     one, middle = spell.constant(1.0, FLOAT), zero_point(spell)
-    y_RO = spell.op("MatMulIntegerToFloat", rows.q_RK, weight_KO, one, scale_O, middle, middle, domain=MICROSOFT)
+    y_RO = spell.op("MatMulIntegerToFloat", rows.q_RK, weight_KO, one, scale_O, middle, domain=MICROSOFT)
     y_RO = spell.op("Mul", y_RO, rows.scale_R1)
     wide = layer.scale.dtype in (None, FLOAT)
     left_RO = spell.op("Gemm", rows.left_R1, sums_1O, *([layer.bias] if layer.bias and wide else []))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,17 @@ def lowered(program: Program, directory: Path, floats: str = "float32") -> tuple
     return {method: error["relative_l2"] for method, error in errors.items()}, made.details["methods"]
 
 
+def optimized(path: Path, entries: dict[str, str]) -> onnx.GraphProto:
+    """What a session configured by `entries` makes of a graph."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnx.load(options.optimized_model_filepath).graph
+
+
 NBITS = (
     "w4g32",
     "w3g64",
@@ -233,6 +245,44 @@ def test_outputs(tmp_path: Path) -> None:
     assert errors["linear"] < 1e-3
     assert details["linear"]["optimized_operators"]["MatMulIntegerToFloat"] == 2
     assert details["linear"]["optimized_operators"]["QuantizeLinear"] == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "products"),
+    [
+        ("linear", "w8a8", "MatMulIntegerToFloat"),
+        ("linear", "w8a8t", "MatMulIntegerToFloat"),
+        ("conv", "w8a8o", "QLinearConv"),
+    ],
+)
+def test_without_vnni_weights_are_shifted(
+    kind: str, text: str, products: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every integer product is one that no x86 kernel saturates, and the runtime asks for it where they do."""
+    monkeypatch.setattr("runtimes.onnxruntime.saturates", lambda: True)
+    program = quantized(network(kind), {kind: text}, reach=2.0)
+    made = TARGET.lower(TARGET.legalize(program), tmp_path, LowerOptions("float32", {kind: Limit(1e-2)}))
+    artifact = Artifact(tmp_path, program_signatures(program), made.files, made.details)
+    runtime: Any = load_runtime("onnxruntime", artifact)
+    inputs = seeded_inputs(program_signatures(program), seed=1)
+    assert compare(record(runtime, inputs), record(EagerRuntime(program), inputs))[kind]["relative_l2"] < 1e-2
+    options = runtime.sessions[kind].session.get_session_options()
+    types: dict[bool, set[int]] = {}
+    for shifts in (False, True):
+        entries = made.details["without_vnni"] if shifts else {}
+        assert all(options.get_session_config_entry(key) == value for key, value in entries.items())
+        graph = optimized(tmp_path / f"{kind}.onnx", entries)
+        weights = {tensor.name: tensor.data_type for tensor in graph.initializer if len(tensor.dims) > 1}
+        nodes = [node for node in graph.node if node.op_type == products]
+        assert len(nodes) >= 2
+        types[shifts] = {weights[name] for node in nodes for name in node.input if name in weights}
+    assert types == {False: {onnx.TensorProto.INT8}, True: {onnx.TensorProto.UINT8}}
+
+
+def test_products_of_floats_need_no_options(tmp_path: Path) -> None:
+    program = quantized(network("linear"), {"linear": "w4g32a8b"})
+    made = TARGET.lower(TARGET.legalize(program), tmp_path, LowerOptions("float32", {"linear": Limit(1e-2)}))
+    assert "without_vnni" not in made.details
 
 
 def test_decoder_with_integer_cache(tmp_path: Path) -> None:
