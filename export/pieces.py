@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from export.bundle import file_records, names
@@ -107,7 +109,8 @@ class Found:
 class Pieces:
     """Makes or finds the pieces of the export that fills `directory`.
 
-    Interrupted exports left the directories `left`; `bundles` are looked into besides.
+    Interrupted exports left the directories `left`; `bundles` are looked into besides. Files are hashed by a thread,
+    beside what is made next: a piece is finished when it is recorded. A context manager: at its end the thread stops.
     """
 
     def __init__(
@@ -118,27 +121,49 @@ class Pieces:
         places += [(place, piece, False) for place in bundles for piece in of_bundle(place)]
         self.earlier = {piece.key: Found(place, piece, left) for place, piece, left in reversed(places)}
         self.done: dict[str, Piece] = {}
+        self.pool = ThreadPoolExecutor(1, "pieces")
+        self.pending: list[Future[None]] = []
+
+    def __enter__(self) -> Pieces:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.pool.shutdown()
 
     def __call__(self, what: str, key: Callable[[], str], make: Callable[[], Record]) -> Record:
         """The record of a piece called `what`, whose files are in the directory afterwards."""
         found = self.earlier.get(key()) if self.earlier else None
         if found and found.bring(self.directory):
             self.say(f"{what}: {found}")
-            piece = found.piece
-        else:
-            if found:
-                for name in found.piece.files:
-                    inside(self.directory, name).unlink(missing_ok=True)
-            before = names(self.directory)
-            record: Record = json.loads(json.dumps(make()))
-            piece = Piece(key(), file_records(self.directory, names(self.directory) - before), record)
+            self.later(self.keep, found.piece)
+            return found.piece.record
+        if found:
+            for name in found.piece.files:
+                inside(self.directory, name).unlink(missing_ok=True)
+        before = names(self.directory)
+        record: Record = json.loads(json.dumps(make()))
+        made = {name for name in names(self.directory) - before if not name.startswith(FINISHED)}
+        self.later(self.hash, key(), made, record)
+        return record
+
+    def later(self, do: Callable[..., None], *given: Any) -> None:
+        """Let the thread do something, behind what it was given before."""
+        self.pending.append(self.pool.submit(do, *given))
+
+    def hash(self, key: str, files: Iterable[str], record: Record) -> None:
+        """Keep a piece that was just made."""
+        self.keep(Piece(key, file_records(self.directory, files), record))
+
+    def keep(self, piece: Piece) -> None:
+        """Record a piece as finished."""
         self.done[piece.key] = piece
         rows = [asdict(piece) for piece in self.done.values()]
         write_whole(self.directory / FINISHED, json.dumps({"pieces": rows}))
-        return piece.record
 
     def finish(self) -> None:
         """The directory's record goes, and what is of no use in a bundle: pieces of hidden files."""
+        for future in self.pending:
+            future.result()
         (self.directory / FINISHED).unlink(missing_ok=True)
         for key, piece in list(self.done.items()):
             if any(name.startswith(".") for name in piece.files):

@@ -228,8 +228,12 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
         if again and recorded == {**origin, "weights": content.of_weights()} and whole(out):
             progress(f"{out}: made of the same inputs, and whole: nothing to do (--anew makes it all again)")
             return out
-        with staged(out, options.force, begun) as directory:
-            make(job, directory, out, content, origin, stages)
+        earlier = ([], []) if options.anew else (left_behind(out), bundles_beside(out))
+        with (
+            staged(out, options.force, begun) as directory,
+            Pieces(directory, *earlier, lambda line: progress(f"      {line}")) as pieces,
+        ):
+            make(job, directory, out, content, origin, pieces, stages)
     return out
 
 
@@ -252,13 +256,13 @@ def calibrated(job: Job, directory: Path, key: str | None, pieces: Pieces, say: 
     return collected[0] if collected else Statistics.load(directory / STATISTICS, job.compressed)
 
 
-def make(job: Job, directory: Path, out: Path, content: Content, origin: dict[str, str], stages: Stages) -> None:
+def make(
+    job: Job, directory: Path, out: Path, content: Content, origin: dict[str, str], pieces: Pieces, stages: Stages
+) -> None:
     """Fill a staging directory: calibrate, quantize, lower, verify, and describe it all."""
     options, target, model, resolved = job.options, job.target, job.model, job.resolved
     source, compressed, table = job.source, job.compressed, job.target.capabilities
     prompt = prompt_record(model, job.tokens["after"])
-    earlier = ([], []) if options.anew else (left_behind(out), bundles_beside(out))
-    pieces = Pieces(directory, *earlier, lambda line: stages.progress(f"      {line}"))
     with stages("calibrate", options.calibration.about() if resolved.needs_statistics else "not needed") as say:
         statistics = calibrated(job, directory, origin.get("statistics"), pieces, say)
     with stages("quantize", job.chosen.name) as say:

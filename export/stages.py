@@ -37,7 +37,8 @@ class Stages:
         """Run one stage; gives a function that reports its detail lines."""
         number = f"[{self.names.index(name) + 1}/{len(self.names)}] {name}"
         self.progress(f"{number}: {what}" if what else number)
-        reclaim()
+        if name != self.names[-1]:  # which needs little
+            reclaim()
         reset_peak()
         start = time.perf_counter()
         yield lambda line: self.progress(f"      {line}")

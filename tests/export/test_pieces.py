@@ -104,7 +104,7 @@ def test_an_interrupted_export_goes_on_where_it_was(stop: signal.Signals, tmp_pa
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "text_decoder: translating" in line:
+            if "text_decoder: writing" in line:
                 process.send_signal(stop)
                 break
         process.stderr.read()
