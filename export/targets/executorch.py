@@ -65,11 +65,13 @@ def write(program: Program, path: Path, partitioner: Any, options: LowerOptions)
     from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.delegate import executorch_call_delegate
 
+    from export.targets.executorch_overhead import spared
+
     options.progress(f"lowering {', '.join(program)}")
     executorch_quant.decomposed()  # their kernels must be known where operators get their outputs planned
     constants = constant_methods(program.methods, options.metadata)
     stacks = {method: executorch_grow.runs(program, method) for method in program}
-    with lowered(program, stacks, partitioner, constants, options.memo) as edge:
+    with spared(), lowered(program, stacks, partitioner, constants, options.memo) as edge:
         kernels = {method: executorch_kernels.kernels(edge.exported_program(method).graph_module) for method in program}
         options.progress("planning memory")
         # Reinplacing writes new rows into the cache itself, not into a copy; names let a runtime find and zero it.
