@@ -103,6 +103,13 @@ class Opened:
             fake = nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
         setattr(self.module.get_submodule(owner), last, fake)
 
+    def lay_out(self, entry: str, shape: Sequence[int]) -> None:
+        """Give the state `entry` another shape, of its dtype; `retrace` takes its new spec."""
+        owner, _, last = entry.rpartition(".")
+        held = self.module.get_submodule(owner)
+        with self.mode:
+            held.register_buffer(last, torch.empty(tuple(shape), dtype=getattr(held, last).dtype))
+
     def retrace(
         self,
         constants: Mapping[str, Constant] | None = None,
@@ -113,7 +120,7 @@ class Opened:
 
         `constants`: the values of more new entries; the program calls those without a name of their own METHOD.ENTRY,
         and equal names are one constant. `inputs`: those that the method takes from now on, where they change. `state`:
-        what it keeps besides what it kept; state that the graph no longer writes is dropped.
+        what it keeps besides what it kept, or in another shape; state that the graph no longer writes is dropped.
         """
         self.graph.eliminate_dead_code(acts)
         self.module.recompile()
@@ -151,7 +158,8 @@ class Opened:
         traced = self.program.methods[self.method]
         signature = replace(traced.signature, inputs=inputs)
         written = set(exported.graph_signature.buffers_to_mutate.values())
-        states = tuple(spec for spec in (*signature.state, *state) if spec.name in written)
+        every_state = {spec.name: spec for spec in (*signature.state, *state)}
+        states = tuple(spec for spec in every_state.values() if spec.name in written)
         users = exported.graph_signature.user_outputs
         leaving = {node.name: node.meta["val"].shape for node in exported.graph.output_node().all_input_nodes}
         outputs = tuple(

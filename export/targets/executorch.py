@@ -14,13 +14,22 @@ from export.layouts.executorch import constant_methods
 from export.targets import executorch_attention, executorch_graph, executorch_grow, executorch_kernels, executorch_quant
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.executorch_delegates import Delegates, Prepared, fill, hollow
-from export.targets.executorch_state import ViewsOfState, xnnpack
 from graphs.errors import UserError, nearest
 from graphs.files import sha256
 from graphs.program import Program
 from graphs.shorten import shorten
 
 FILE = "model.pte"
+
+#: what may take parts of the graph, by the name that `extra["delegate"]` gives; the first is the default
+
+
+def xnnpack() -> Any:
+    """XNNPACK's partitioner."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    return XnnpackPartitioner()
+
 
 #: what may take parts of the graph, by the name that `extra["delegate"]` gives; the first is the default
 DELEGATES: dict[str, Callable[[], Any]] = {"xnnpack": xnnpack}
@@ -75,9 +84,7 @@ def write(program: Program, path: Path, partitioner: Any, options: LowerOptions)
         kernels = {method: executorch_kernels.kernels(edge.exported_program(method).graph_module) for method in program}
         options.progress("planning memory")
         # Reinplacing writes new rows into the cache itself, not into a copy; names let a runtime find and zero it.
-        planned = edge.to_executorch(
-            ExecutorchBackendConfig(passes=[ViewsOfState()], run_reinplace_pass=True, emit_mutable_buffer_names=True)
-        )
+        planned = edge.to_executorch(ExecutorchBackendConfig(run_reinplace_pass=True, emit_mutable_buffer_names=True))
         options.progress(f"writing {path.name}")
         with path.open("wb") as file:
             planned.write_to_file(file)

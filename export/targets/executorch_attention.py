@@ -2,14 +2,16 @@
 
 The operator is of ExecuTorch's kernels for language models, which its clients for them link, as they link those of
 quantized embeddings (https://github.com/pytorch/executorch/tree/main/extension/llm/custom_ops). So methods with
-quantized layers get it; others stay with what every ExecuTorch runtime has. It wants caches [B, C, G, K] where ours are
-[1, G, C, K]: each key-value head becomes a batch of its own, [G, C, 1, K], the same memory.
+quantized layers get it; others stay with what every ExecuTorch runtime has. It reads caches [1, C, G, K], so those
+that only such attention reads are kept in that layout, where ours are [1, G, C, K].
 
-Shape suffixes: A query heads, G key-value heads, R query heads a key-value head, S new tokens, C context, K head width.
+Shape suffixes: A query heads, G key-value heads, S new tokens, C context, K head width.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import fx
 from graphs.components.text.cache import MASKED
 from graphs.program import Program
 from graphs.rewrite import Opened
+from graphs.spec import TensorSpec
 
 aten = torch.ops.aten
 
@@ -56,15 +59,58 @@ def attend(program: Program) -> Program:
         opened = Opened.open(program, method)
         if not any(str(node.target).startswith(QUANTIZED) for node in opened.graph.nodes):
             continue
-        found = [cached for node in opened.graph.nodes if (cached := match(node)) is not None]
+        found = alone([cached for node in opened.graph.nodes if (cached := match(node)) is not None])
         if found:
             import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  # defines the operator
 
             starts: dict[fx.Node, fx.Node] = {}
             for cached in found:
                 replace(opened.graph, cached, starts)
-            program = opened.retrace()
+            state = {spec.name: spec for spec in program.methods[method].signature.state}
+            written = dict.fromkeys(node for cached in found for node in (cached.key, cached.value))
+            program = opened.retrace(state=tuple(lay_out(opened, node, state) for node in written))
     return program
+
+
+def alone(found: list[Cached]) -> list[Cached]:
+    """Those whose caches nothing else reads."""
+    nodes = {cached.node for cached in found}
+    kept = [cached for cached in found if all(belongs(cache, nodes) for cache in (cached.key, cached.value))]
+    return kept if len(kept) == len(found) else alone(kept)
+
+
+def belongs(cache: fx.Node, attention: set[fx.Node]) -> bool:
+    """Whether only some attention reads a cache as it was written, and nothing as it was before."""
+    buffer: Any = cache.args[0]
+    kept = {user for user in buffer.users if user.target is aten.copy_.default and user.args[1] is cache}
+    return buffer.users.keys() == {cache, *kept} and leads(cache, attention | kept)
+
+
+def leads(node: fx.Node, ends: set[fx.Node]) -> bool:
+    """Whether a node, repeated or not, goes to some nodes alone."""
+    return all(user in ends or (user.target in REPEATS and leads(user, ends)) for user in node.users)
+
+
+def lay_out(opened: Opened, written: fx.Node, state: Mapping[str, TensorSpec]) -> TensorSpec:
+    """Let a cache be [1, C, G, K]; its spec."""
+    buffer, _, position, new_1GSK = written.args
+    assert isinstance(buffer, fx.Node)
+    assert isinstance(new_1GSK, fx.Node)
+    spec = state[str(buffer.target)]
+    _, groups, context, width = buffer.meta["val"].shape
+    laid = dataclasses.replace(spec, shape=(1, context, groups, width))
+    opened.lay_out(spec.name, (1, context, groups, width))
+    with opened.graph.inserting_before(written):
+        written.args = (buffer, 1, position, turned(opened.graph, new_1GSK))
+    return laid
+
+
+def turned(graph: fx.Graph, heads: fx.Node) -> fx.Node:
+    """[1, S, A, K] of heads [1, A, S, K], at the point where the graph is written."""
+    if heads.target is aten.transpose.int and heads.args[1:] == (1, 2):
+        assert isinstance(heads.args[0], fx.Node)
+        return heads.args[0]
+    return graph.call_function(aten.transpose.int, (heads, 1, 2))
 
 
 def match(node: fx.Node) -> Cached | None:
@@ -125,19 +171,12 @@ def replace(graph: fx.Graph, cached: Cached, starts: dict[fx.Node, fx.Node]) -> 
         with graph.inserting_after(first):
             starts[position] = graph.call_function(aten.item.default, (first,))
     query: Any = node.args[0]
-    heads = query.meta["val"].shape[1]
-    _, groups, context, width = cached.key.meta["val"].shape
-    shared = heads // groups
     with graph.inserting_before(node):
-        q_GRSK = graph.call_function(aten.reshape.default, (query, [groups, shared, -1, width]))
-        q_GSRK = graph.call_function(aten.transpose.int, (q_GRSK, 1, 2))
-        caches = [
-            graph.call_function(aten.reshape.default, (cache, [groups, context, 1, width]))
-            for cache in (cached.key, cached.value)
-        ]
-        arguments = (q_GSRK, *caches, starts[position], None, 0.0, True, node.kwargs.get("scale"))
-        out_GSRK = graph.call_function(torch.ops.llama.custom_sdpa.default, arguments)
-        out_GRSK = graph.call_function(aten.transpose.int, (out_GSRK, 1, 2))
-        out_1ASK = graph.call_function(aten.reshape.default, (out_GRSK, [1, heads, -1, width]))
+        arguments = (turned(graph, query), cached.key, cached.value, starts[position], None, 0.0, True)
+        out_1SAK = graph.call_function(torch.ops.llama.custom_sdpa.default, (*arguments, node.kwargs.get("scale")))
+        out_1ASK = graph.call_function(aten.transpose.int, (out_1SAK, 1, 2))
+    for user in list(node.users):
+        if user.target is aten.transpose.int and user.args == (node, 1, 2):
+            user.replace_all_uses_with(out_1SAK)
     node.replace_all_uses_with(out_1ASK)
     graph.erase_node(node)

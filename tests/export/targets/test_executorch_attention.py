@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from executorch.exir._serialize._program import deserialize_pte_binary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,17 +32,18 @@ from tests.tiny import toy_program
 HEADS, GROUPS, WIDTH, CONTEXT = 4, 2, 16, 24
 LENGTH = Dim("length", 1, CONTEXT)
 OPERATOR = "llama::custom_sdpa"
+STATE = {"cache.k", "cache.v"}
 
 
 class Net(nn.Module):
     """Grouped-query attention over a cache and a linear layer behind it."""
 
-    def __init__(self, window: int = 0, prefix: bool = False, scale: float | None = None) -> None:
+    def __init__(self, window: int = 0, prefix: bool = False, scale: float | None = None, peeks: bool = False) -> None:
         super().__init__()
         self.cache = KVCache(GROUPS, CONTEXT, WIDTH)
         self.qkv = nn.Linear(64, (HEADS + 2 * GROUPS) * WIDTH)
         self.out = nn.Linear(HEADS * WIDTH, 64)
-        self.window, self.prefix, self.scale = window, prefix, scale
+        self.window, self.prefix, self.scale, self.peeks = window, prefix, scale, peeks
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = (
@@ -48,10 +51,11 @@ class Net(nn.Module):
             for part in self.qkv(x).split([HEADS * WIDTH, GROUPS * WIDTH, GROUPS * WIDTH], dim=-1)
         )
         k, v = self.cache(k, v, positions)
+        first = v[:, :, 0].flatten(1).unsqueeze(1).repeat(1, 1, HEADS // GROUPS) if self.peeks else 0
         k, v = (t.unsqueeze(2).expand(-1, -1, HEADS // GROUPS, -1, -1).flatten(1, 2) for t in (k, v))
         mask = causal_mask(positions, CONTEXT, x.dtype, self.window, self.prefix)
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return self.out(found.transpose(1, 2).flatten(2))
+        return self.out(found.transpose(1, 2).flatten(2) + first)
 
 
 def plain(make: partial[Net] | type[Net] = Net) -> Program:
@@ -111,3 +115,49 @@ def test_other_masks_stay(options: dict[str, int], tmp_path: Path) -> None:
     program = plain(partial(Net, **options))
     assert matched(program) == 0
     assert OPERATOR not in operators(lower(quantized(program), tmp_path))
+
+
+def plan(path: Path) -> Any:
+    """What a .pte of one method does."""
+    read = deserialize_pte_binary(path.read_bytes())
+    return getattr(read, "program", read).execution_plan[0]
+
+
+def memory(plan: Any, index: int) -> tuple[int, int] | None:
+    """Where a value is planned to lie."""
+    found = getattr(plan.values[index].val, "allocation_info", None)
+    return found and (found.memory_id, found.memory_offset_low)
+
+
+def buffers(plan: Any) -> set[tuple[int, int] | None]:
+    """Where the caches lie."""
+    named = {
+        index: getattr(getattr(value.val, "extra_tensor_info", None), "fully_qualified_name", "")
+        for index, value in enumerate(plan.values)
+    }
+    assert set(named.values()) >= STATE
+    return {memory(plan, index) for index, name in named.items() if name in STATE}
+
+
+def test_a_cache_that_is_read_elsewhere_keeps_its_layout(tmp_path: Path) -> None:
+    program = quantized(plain(partial(Net, peeks=True)))
+    assert matched(program) == 1
+    made = lower(program, tmp_path)
+    assert OPERATOR not in operators(made)
+    runtime = load_runtime("executorch", Artifact(tmp_path, program_signatures(program), made.files, made.details))
+    call = [np.random.default_rng(0).standard_normal((1, 5, 64), np.float32), np.arange(5)]
+    (mine,), (theirs,) = runtime.call("net", call), EagerRuntime(program).call("net", call)
+    assert np.linalg.norm(mine - theirs) < 1e-2 * np.linalg.norm(theirs)
+
+
+def test_caches_are_read_where_they_lie(tmp_path: Path) -> None:
+    lower(quantized(plain()), tmp_path)
+    found = plan(tmp_path / "model.pte")
+    calls = [instruction.instr_args for instruction in found.chains[0].instructions]
+    names = [found.operators[call.op_index].name if hasattr(call, "op_index") else "delegate" for call in calls]
+    written = max(number for number, name in enumerate(names) if name == "aten::index_put_")
+    reads = [index for call in calls[written + 1 :] for index in getattr(call, "args", [])]
+    cached = [index for index in reads if memory(found, index) in buffers(found)]
+    assert {memory(found, index) for index in cached} == buffers(found)
+    assert len(buffers(found)) == 2
+    assert {tuple(found.values[index].val.sizes) for index in cached} == {(1, CONTEXT, GROUPS, WIDTH)}
