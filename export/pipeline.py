@@ -20,7 +20,7 @@ from export.bundle import check_destination, left_behind, staged, write_manifest
 from export.ceiling import check_memory, needed
 from export.content import Content
 from export.gate import Limit, execute, quantized, words
-from export.memory import rare_collections, reclaim
+from export.memory import keep_temporaries, rare_collections, reclaim
 from export.pieces import Pieces, begun, bundles_beside, recorded_origin, whole
 from export.sample import Sample, check_verify, lower_part
 from export.stability import trial
@@ -196,6 +196,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
     passes = parse(options.compress)
     check_verify(options.verify)
     stages = Stages(progress, STAGES)
+    keep_temporaries()
     if options.out is not None:
         check_destination(options.out, force=True)
     with stages("load", options.request.model) as say:
