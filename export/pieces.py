@@ -135,7 +135,7 @@ class Pieces:
         found = self.earlier.get(key()) if self.earlier else None
         if found and found.bring(self.directory):
             self.say(f"{what}: {found}")
-            self.later(self.keep, found.piece)
+            self.later(lambda: found.piece)
             return found.piece.record
         if found:
             for name in found.piece.files:
@@ -143,19 +143,17 @@ class Pieces:
         before = names(self.directory)
         record: Record = json.loads(json.dumps(make()))
         made = {name for name in names(self.directory) - before if not name.startswith(FINISHED)}
-        self.later(self.hash, key(), made, record)
+        called = key()
+        self.later(lambda: Piece(called, file_records(self.directory, made), record))
         return record
 
-    def later(self, do: Callable[..., None], *given: Any) -> None:
-        """Let the thread do something, behind what it was given before."""
-        self.pending.append(self.pool.submit(do, *given))
+    def later(self, described: Callable[[], Piece]) -> None:
+        """Have the thread describe a piece and record it as finished, behind what it was given before."""
+        self.pending.append(self.pool.submit(self.keep, described))
 
-    def hash(self, key: str, files: Iterable[str], record: Record) -> None:
-        """Keep a piece that was just made."""
-        self.keep(Piece(key, file_records(self.directory, files), record))
-
-    def keep(self, piece: Piece) -> None:
+    def keep(self, described: Callable[[], Piece]) -> None:
         """Record a piece as finished."""
+        piece = described()
         self.done[piece.key] = piece
         rows = [asdict(piece) for piece in self.done.values()]
         write_whole(self.directory / FINISHED, json.dumps({"pieces": rows}))

@@ -97,18 +97,13 @@ class Opened:
                     del table[name]
 
     def reshape(self, entry: str, shape: Sequence[int]) -> None:
-        """Give the weight `entry` another shape; `retrace` takes its new value."""
-        owner, _, last = entry.rpartition(".")
+        """Give the weight or state `entry` another shape; `retrace` takes its new value, or its new spec."""
+        path, _, last = entry.rpartition(".")
+        owner = self.module.get_submodule(path)
+        held = getattr(owner, last)
         with self.mode:
-            fake = nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
-        setattr(self.module.get_submodule(owner), last, fake)
-
-    def lay_out(self, entry: str, shape: Sequence[int]) -> None:
-        """Give the state `entry` another shape, of its dtype; `retrace` takes its new spec."""
-        owner, _, last = entry.rpartition(".")
-        held = self.module.get_submodule(owner)
-        with self.mode:
-            held.register_buffer(last, torch.empty(tuple(shape), dtype=getattr(held, last).dtype))
+            fake = torch.empty(tuple(shape), dtype=held.dtype)
+        setattr(owner, last, nn.Parameter(fake, requires_grad=False) if isinstance(held, nn.Parameter) else fake)
 
     def retrace(
         self,

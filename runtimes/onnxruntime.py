@@ -13,7 +13,7 @@ from graphs.files import reason
 from graphs.program import Signature
 from runtimes.base import Array, Artifact, Unavailable
 from runtimes.onnx_files import checked_model
-from runtimes.ort_saturation import saturates
+from runtimes.ort_saturation import WITHOUT_VNNI, saturates
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -67,7 +67,7 @@ class Session:
 class OnnxRuntime:
     """Runs on the CPU; `details["threads"]` sets the threads of one operator (default: the machine's cores).
 
-    `details["without_vnni"]` configures sessions on processors whose integer products saturate otherwise.
+    Where `details` have `without_vnni`, sessions are configured so on processors whose integer products saturate.
     """
 
     def __init__(self, sessions: Mapping[str, Session], signatures: Mapping[str, Signature], version: str) -> None:
@@ -83,9 +83,8 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(artifact.details.get("threads", 0))
         options.log_severity_level = 3
-        entries: Mapping[str, str] = artifact.details.get("without_vnni", {})
-        if entries and saturates():
-            for key, value in entries.items():
+        if "without_vnni" in artifact.details and saturates():
+            for key, value in WITHOUT_VNNI.items():  # what a manifest names is for others: nobody vouches for it
                 options.add_session_config_entry(key, value)
         sessions: dict[str, Session] = {}
         for method, name in artifact.files.items():

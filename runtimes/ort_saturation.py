@@ -1,8 +1,7 @@
 """Whether ONNX Runtime's products of uint8 by int8 are exact on this processor.
 
 Its x86 kernels without VNNI instructions add two products in 16 bits, where they saturate. A session configured by
-`session.x64quantprecision` multiplies uint8 by uint8 there, which is exact; with VNNI that is half as fast, for
-nothing. (onnxruntime_session_options_config_keys.h)
+`WITHOUT_VNNI` multiplies uint8 by uint8 there, which is exact; with VNNI that is half as fast, for nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +9,9 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+
+#: such entries of a session's configuration (onnxruntime_session_options_config_keys.h)
+WITHOUT_VNNI = {"session.x64quantprecision": "1"}
 
 
 @cache

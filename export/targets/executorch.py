@@ -21,8 +21,6 @@ from graphs.shorten import shorten
 
 FILE = "model.pte"
 
-#: what may take parts of the graph, by the name that `extra["delegate"]` gives; the first is the default
-
 
 def xnnpack() -> Any:
     """XNNPACK's partitioner."""

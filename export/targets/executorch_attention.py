@@ -67,8 +67,8 @@ def attend(program: Program) -> Program:
             for cached in found:
                 replace(opened.graph, cached, starts)
             state = {spec.name: spec for spec in program.methods[method].signature.state}
-            written = dict.fromkeys(node for cached in found for node in (cached.key, cached.value))
-            program = opened.retrace(state=tuple(lay_out(opened, node, state) for node in written))
+            caches = dict.fromkeys(cache for cached in found for cache in (cached.key, cached.value))
+            program = opened.retrace(state=tuple(lay_out(opened, cache, state) for cache in caches))
     return program
 
 
@@ -91,18 +91,18 @@ def leads(node: fx.Node, ends: set[fx.Node]) -> bool:
     return all(user in ends or (user.target in REPEATS and leads(user, ends)) for user in node.users)
 
 
-def lay_out(opened: Opened, written: fx.Node, state: Mapping[str, TensorSpec]) -> TensorSpec:
+def lay_out(opened: Opened, cache: fx.Node, state: Mapping[str, TensorSpec]) -> TensorSpec:
     """Let a cache be [1, C, G, K]; its spec."""
-    buffer, _, position, new_1GSK = written.args
+    buffer, _, position, new_1GSK = cache.args
     assert isinstance(buffer, fx.Node)
     assert isinstance(new_1GSK, fx.Node)
     spec = state[str(buffer.target)]
     _, groups, context, width = buffer.meta["val"].shape
-    laid = dataclasses.replace(spec, shape=(1, context, groups, width))
-    opened.lay_out(spec.name, (1, context, groups, width))
-    with opened.graph.inserting_before(written):
-        written.args = (buffer, 1, position, turned(opened.graph, new_1GSK))
-    return laid
+    shape = (1, context, groups, width)
+    opened.reshape(spec.name, shape)
+    with opened.graph.inserting_before(cache):
+        cache.args = (buffer, 1, position, turned(opened.graph, new_1GSK))
+    return dataclasses.replace(spec, shape=shape)
 
 
 def turned(graph: fx.Graph, heads: fx.Node) -> fx.Node:

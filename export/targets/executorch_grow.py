@@ -236,9 +236,8 @@ class Grower:
             made = self.graph.placeholder(prefix + target.replace(".", "_"))
         made.meta = dict(read.meta)
         self.inputs.insert(index + 1, InputSpec(spec.kind, TensorArgument(made.name), target, spec.persistent))
-        value = compact(self.program.tensor(self.method, target)).reshape(
-            read.meta["val"].shape
-        )  # caches: laid out anew
+        value = compact(self.program.tensor(self.method, target))
+        value = value.reshape(read.meta["val"].shape)  # a cache may be laid out anew
         self.state[target] = shared(nn.Parameter(value, False) if spec.kind is InputKind.PARAMETER else value)
         return made
 

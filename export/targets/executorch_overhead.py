@@ -50,10 +50,16 @@ def run_node(self: Any, node: Node) -> Any:
 
 def compute(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any) -> Any:
     """`_ExportPassBase._fx`: a node of the new graph, and its value."""
-    interpreter, node = getattr(self, "at", None) or (None, None)
-    if kind != "call_function" or node is None or "val" not in node.meta or not same_operator(target, node.target):
-        return COMPUTE(self, kind, target, args, kwargs, meta)
-    if not same(interpreter, args, node.args) or not same(interpreter, kwargs, node.kwargs):
+    at: tuple[Any, Any] = getattr(self, "at", None) or (None, None)
+    interpreter, node = at
+    known = (
+        kind == "call_function"
+        and node is not None
+        and "val" in node.meta
+        and same_operator(target, node.target)
+        and same(interpreter, (args, kwargs), (node.args, node.kwargs))
+    )
+    if not known:
         return COMPUTE(self, kind, target, args, kwargs, meta)
     own, self.interpreter = self.interpreter, Recorded(node.meta["val"])
     try:

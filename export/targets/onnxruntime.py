@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx
 
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, in_place, operators, write
-from export.targets.ort_activations import WITHOUT_VNNI, fuse_integer, unsigned_activations
+from export.targets.ort_activations import fuse_integer, unsigned_activations
 from export.targets.ort_attention import fuse_attention
 from export.targets.ort_embedding import fuse_embedding
 from export.targets.ort_joined import join_layers
@@ -23,6 +24,7 @@ from export.targets.state_io import explicit_state, state_pairs
 from graphs.errors import GateError
 from graphs.files import reason
 from graphs.program import Program
+from runtimes.ort_saturation import WITHOUT_VNNI
 
 GROUPS = tuple(f"g{group}" for group in (16, 32, 64, 128, 256))
 FORMS = [f"w{bits}{{}}{zero}" for bits in (4, 8, 3) for zero in ("", "z")]
@@ -42,8 +44,8 @@ FUSIONS = (unsigned_activations, fuse_integer, fuse_per_token, fuse_linear, fuse
 LAST_FUSIONS = (fuse_attention, join_layers)
 
 
-def optimized_operators(path: Path) -> dict[str, int]:
-    """What a session of default options makes of a graph: the operators that its CPU kernels then run."""
+def optimized(path: Path, entries: Mapping[str, str] = {}) -> onnx.GraphProto:
+    """What a session configured by `entries` makes of a graph for its CPU kernels, without large weights' values."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -53,12 +55,18 @@ def optimized_operators(path: Path) -> dict[str, int]:
         written = Path(scratch) / path.name
         options.optimized_model_filepath = str(written)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}.data")
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
         try:
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its error types share no public base class
             raise GateError(f"{path.name}: ONNX Runtime cannot load it: {reason(error)}") from error
-        graph = onnx.load(written, load_external_data=False).graph
-    return dict(Counter(node.op_type for node in graph.node).most_common())
+        return onnx.load(written, load_external_data=False).graph
+
+
+def optimized_operators(path: Path) -> dict[str, int]:
+    """The operators that a session of default options runs."""
+    return dict(Counter(node.op_type for node in optimized(path).node).most_common())
 
 
 def lower(program: Program, method: str, path: Path, options: LowerOptions) -> dict[str, Any]:

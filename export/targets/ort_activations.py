@@ -2,9 +2,8 @@
 
 Its x86 kernels multiply uint8 by int8 several times faster than int8 by int8; the shift by 128 is exact. With VNNI
 instructions they are more than twice as fast as those of uint8 by uint8, too; without, they add two products in 16
-bits, where these saturate, and a session wants `WITHOUT_VNNI`, by which it shifts the weights as it loads them. The
-operator is put here rather than left to the session's optimizer, which loses the layer where it first makes a Gemm of
-it.
+bits, where these saturate, so sessions shift weights as they load them (`runtimes/ort_saturation.py`). The operator
+is put here rather than left to the session's optimizer, which loses the layer where it first makes a Gemm of it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,6 @@ from export.targets.ort_patterns import MICROSOFT, Linear, linears
 
 SHIFT = 128
 FLOAT, INT8, UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.UINT8
-
-#: entries of a session's configuration that make integer products exact on x86 processors without VNNI (and twice as
-#: slow on those with it)
-WITHOUT_VNNI = {"session.x64quantprecision": "1"}
 
 
 def shifted(integers: Tensor) -> Tensor:

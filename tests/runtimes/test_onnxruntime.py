@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -87,6 +89,18 @@ def test_linked_data_outside(good: Artifact, tmp_path: Path) -> None:
     (directory / "text_decoder.onnx.data").symlink_to(moved)
     with pytest.raises(UserError, match="points outside its directory"):
         load_runtime("onnxruntime", Artifact(directory, good.signatures, good.files, good.details))
+
+
+def test_sessions_are_configured_by_us_whatever_a_manifest_names(
+    good: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtimes.onnxruntime.saturates", lambda: True)
+    named = {"session.intra_op.allow_spinning": "0"}
+    runtime: Any = load_runtime("onnxruntime", replace(good, details={**good.details, "without_vnni": named}))
+    options = runtime.sessions["text_decoder"].session.get_session_options()
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    with pytest.raises(RuntimeError, match="allow_spinning"):
+        options.get_session_config_entry("session.intra_op.allow_spinning")
 
 
 def test_version(good: Artifact) -> None:

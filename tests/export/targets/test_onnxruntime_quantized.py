@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from export.gate import Limit
 from export.targets.base import LowerOptions
-from export.targets.onnxruntime import TARGET
+from export.targets.onnxruntime import TARGET, optimized
 from export.verify import compare, program_signatures, record, seeded_inputs
 from graphs.program import Program, Signature
 from graphs.rewrite import Opened
@@ -130,17 +129,6 @@ def lowered(program: Program, directory: Path, floats: str = "float32") -> tuple
     artifact = Artifact(directory, program_signatures(program), made.files, {**made.details, "threads": 1})
     errors = compare(record(load_runtime("onnxruntime", artifact), inputs), record(EagerRuntime(program), inputs))
     return {method: error["relative_l2"] for method, error in errors.items()}, made.details["methods"]
-
-
-def optimized(path: Path, entries: dict[str, str]) -> onnx.GraphProto:
-    """What a session configured by `entries` makes of a graph."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return onnx.load(options.optimized_model_filepath).graph
 
 
 NBITS = (
