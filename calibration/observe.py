@@ -109,8 +109,9 @@ def as_rows(value: Tensor, node: fx.Node) -> Tensor:
 def rows_of(labels: Labels, count: int) -> Labels:
     """The positions of each modality among `count` rows that a layer sees of them.
 
-    A graph that drops image positions on its way (decoder pruning keeps the order) leaves that many fewer of them; all
-    rows are of one modality where the call is. Raises ValueError where rows cannot be told apart.
+    A graph that drops image positions on its way (decoder pruning keeps the order) leaves that many fewer of them; one
+    that drops more than there are reads the last positions alone (`last_logits`); all rows are of one modality where
+    the call is. Raises ValueError for more rows than positions.
     """
     total = sum(map(len, labels.values()))
     if count == total:
@@ -118,11 +119,13 @@ def rows_of(labels: Labels, count: int) -> Labels:
     if len(labels) == 1:
         return {name: torch.arange(count) for name in labels}
     lost = total - count
-    if not 0 < lost <= len(labels["image"]):
-        raise ValueError(f"a layer sees {count} rows of {total} positions, {len(labels['image'])} of them of images")
-    gone = labels["image"][len(labels["image"]) - lost :]
-    kept = torch.ones(total, dtype=torch.bool)
-    kept[gone] = False
+    if lost < 0:
+        raise ValueError(f"a layer sees {count} rows of {total} positions")
+    pictures = labels["image"]
+    kept = torch.arange(total) >= lost
+    if lost <= len(pictures):
+        kept[:] = True
+        kept[pictures[len(pictures) - lost :]] = False
     moved = kept.cumsum(0) - 1
     return {name: moved[positions[kept[positions]]] for name, positions in labels.items()}
 
