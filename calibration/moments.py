@@ -77,7 +77,13 @@ class Combined:
     def hessian(self) -> Tensor | None:
         """Mean of x x^T, float32 [K, K]; None where it was not collected."""
         found = [(share / m.count, m.hessian) for share, m in self.parts if m.hessian is not None]
-        return torch.stack([scale * h for scale, h in found]).sum(0) if found else None
+        if not found:
+            return None
+        (scale, first), *others = found
+        total = scale * first
+        for scale, hessian in others:  # in place: each is as large as what a layer's weight is in floats, or larger
+            total.add_(hessian, alpha=scale)
+        return total
 
     @property
     def absmean(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs a traced graph one operator at a time and accumulates what its linear layers and convolutions read and write.
+"""Runs a traced graph a stretch at a time and accumulates what its linear layers and convolutions read and write.
 
 Accumulation is in float32 and in the order of calls, samples are drawn by seeded generators: the same calls give the
 same numbers.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from calibration.moments import Key, LayerStatistics, Moments, Outputs
+from calibration.moments import LayerStatistics, Moments, Outputs
+from calibration.sweep import Calls, Labels, Sweep
 from graphs.errors import UserError
 from graphs.program import Program
 
@@ -25,7 +26,14 @@ CONVOLUTIONS = (
     torch.ops.aten.convolution.default,
 )
 
-Labels = Mapping[str, Tensor]  # modality -> int64 positions of the call, together all of them
+#: rows that are gathered before they are added to second moments: each addition reads and writes [K, K]
+GATHERED = 1024
+
+#: columns of second moments that are computed at once, those on their right with them; the rest is their mirror image
+COLUMNS = 1024
+
+Layers = Mapping[str, LayerStatistics]  # by the name of the weight
+Given = tuple[Tensor, ...]  # by a method
 
 
 class Reservoir:
@@ -51,6 +59,36 @@ class Reservoir:
         self.rows = rows[chosen].clone()
 
 
+class Hessian:
+    """The sum of x x^T over rows x [K]."""
+
+    def __init__(self, width: int) -> None:
+        self.sum_KK = torch.zeros(width, width)
+        self.gathered: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Count rows [N, K], which are kept until there are many."""
+        self.gathered.append(rows)
+        if sum(map(len, self.gathered)) >= GATHERED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what was gathered to the right of, and on, the diagonal's blocks."""
+        if self.gathered:
+            rows = torch.cat(self.gathered)
+            self.gathered = []
+            for start in range(0, len(self.sum_KK), COLUMNS):
+                some = slice(start, start + COLUMNS)
+                self.sum_KK[some, start:].addmm_(rows[:, some].T, rows[:, start:])
+
+    def whole(self) -> Tensor:
+        """[K, K]."""
+        self.flush()
+        for start in range(COLUMNS, len(self.sum_KK), COLUMNS):
+            self.sum_KK[start : start + COLUMNS, :start] = self.sum_KK[:start, start : start + COLUMNS].T
+        return self.sum_KK
+
+
 class Accumulator:
     """Grows into `Moments`."""
 
@@ -60,7 +98,7 @@ class Accumulator:
         self.maximum = torch.full((width,), -torch.inf)
         self.sum_abs = torch.zeros(width)
         self.sum_square = torch.zeros(width)
-        self.hessian = torch.zeros(width, width) if hessian else None
+        self.hessian = Hessian(width) if hessian else None
         self.reservoir = reservoir
 
     def add(self, rows: Tensor) -> None:
@@ -72,7 +110,7 @@ class Accumulator:
         self.sum_abs += rows.abs().sum(0)
         self.sum_square += rows.square().sum(0)
         if self.hessian is not None:
-            self.hessian.addmm_(rows.T, rows)
+            self.hessian.add(rows)
         self.reservoir.add(rows)
 
     def moments(self) -> Moments:
@@ -83,7 +121,7 @@ class Accumulator:
             self.maximum,
             self.sum_abs,
             self.sum_square,
-            self.hessian,
+            None if self.hessian is None else self.hessian.whole(),
             self.reservoir.rows,
         )
 
@@ -130,63 +168,80 @@ def rows_of(labels: Labels, count: int) -> Labels:
     return {name: moved[positions[kept[positions]]] for name, positions in labels.items()}
 
 
-class Observer(fx.Interpreter):
-    """One method of a program, run with real weights and state of its own; `call` observes its layers."""
+class Observer:
+    """One method of a program, run with real weights; `run` observes its layers, each in one sweep.
+
+    Layers that read the same nodes form a group: its inputs are counted once, at the first of them.
+    """
 
     def __init__(
-        self, program: Program, method: str, *, hessians: re.Pattern[str] | None, rows: int, outputs: int, seed: int
+        self,
+        program: Program,
+        method: str,
+        *,
+        hessians: re.Pattern[str] | None,
+        rows: int,
+        outputs: int,
+        seed: int,
     ) -> None:
-        module = program.module(method)
-        assert isinstance(module, fx.GraphModule)
-        super().__init__(module)
+        self.sweep = Sweep(program, method)
         self.method = method
         self.hessians, self.size, self.outputs_size, self.seed = hessians, rows, outputs, seed
-        self.layers = layer_nodes(module.graph)
-        states = {spec.name for spec in program.methods[method].signature.state}
-        self.state = [buffer for name, buffer in module.named_buffers() if name in states]
-        # Layers that read the same nodes form a group, called by the first one's weight: its inputs are counted once.
-        self.group: dict[str, str] = {}
+        graph = self.sweep.graph
+        layers = layer_nodes(graph)
+        self.group: dict[str, str] = {}  # a layer's, called by its first one
         first: dict[tuple[fx.Node, ...], str] = {}
-        for entry, nodes in self.layers.items():
+        for entry, nodes in layers.items():
             read = tuple(node.all_input_nodes[0] for node in nodes)
             kind = nodes[0].target in CONVOLUTIONS
-            self.group[entry] = first.setdefault((*read, module.graph.output_node()) if kind else read, entry)
-        self.entry = {node: entry for entry, nodes in self.layers.items() for node in nodes}
-        self.inputs: dict[str, dict[str, Accumulator]] = {entry: {} for entry in first.values()}
+            self.group[entry] = first.setdefault((*read, graph.output_node()) if kind else read, entry)
+        self.entry = {node: entry for entry, nodes in layers.items() for node in nodes}
+        stretch = {node: number for number, nodes in enumerate(self.sweep.stretches) for node in nodes}
+        self.last: dict[str, int] = {}  # the stretch after which a group is complete
+        for node, entry in self.entry.items():
+            self.last[self.group[entry]] = max(self.last.get(self.group[entry], 0), stretch[node])
+        self.inputs: dict[str, dict[str, Accumulator]] = {entry: {} for entry in self.last}
         self.outputs: dict[str, Accumulator] = {}
-        self.labels: Labels = {}
 
-    def reset(self) -> None:
-        """Zero all state."""
-        for buffer in self.state:
-            buffer.zero_()
+    def run(
+        self,
+        sequences: Sequence[Calls],
+        keep: Callable[[Layers], None],
+        say: Callable[[str], None] = lambda line: None,
+        take: Callable[[Given], Given] = lambda outputs: outputs,
+    ) -> list[list[Given]]:
+        """Run the method and count its layers' values; what `take` keeps of its outputs. Once for an observer.
 
-    def call(self, labels: Labels, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the method and count its layers' values; its outputs."""
-        self.labels = labels
-        with torch.no_grad():
-            result = self.run(*inputs)
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        `keep` gets the layers of each group that is complete, which share `inputs`, and holds them alone then. Raises
+        UserError where the model computed numbers that are not finite.
+        """
+        count = len(self.sweep.stretches)
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Compute one node; where it is a layer, count what it reads and gives."""
-        result = super().run_node(n)
-        entry = self.entry.get(n)
+        def after(number: int) -> None:
+            for leader in [leader for leader, last in self.last.items() if last == number]:
+                if found := self.statistics(leader):
+                    keep(found)
+            if (number + 1) % -(-count // 8) == 0:
+                say(f"{self.method}: {number + 1} of {count} stretches")
+
+        return self.sweep.sweep(sequences, self.see, after, take)
+
+    def see(self, node: fx.Node, read: Mapping[fx.Node, Any], result: Any, labels: Labels) -> None:
+        """Where a node is a layer, count what it reads and gives."""
+        entry = self.entry.get(node)
         if entry is None:
-            return result
+            return
         if self.group[entry] == entry:
-            self.count_inputs(entry, n)
-        rows = as_rows(result, n)
+            self.count_inputs(entry, node, as_rows(read[node.all_input_nodes[0]], node), labels)
+        rows = as_rows(result, node)
         if entry not in self.outputs:
             name = f"{self.method}:{entry}:outputs"
             self.outputs[entry] = Accumulator(rows.shape[1], False, Reservoir(self.outputs_size, self.seed, name))
         self.outputs[entry].add(rows)
-        return result
 
-    def count_inputs(self, entry: str, node: fx.Node) -> None:
+    def count_inputs(self, entry: str, node: fx.Node, rows: Tensor, labels: Labels) -> None:
         """Add a layer's input to the accumulators of the modalities in it."""
-        rows = as_rows(self.env[node.all_input_nodes[0]], node)
-        for modality, positions in rows_of(self.labels, len(rows)).items():
+        for modality, positions in rows_of(labels, len(rows)).items():
             if not len(positions):
                 continue
             accumulators = self.inputs[entry]
@@ -197,23 +252,25 @@ class Observer(fx.Interpreter):
                 accumulators[modality] = Accumulator(rows.shape[1], hessian, reservoir)
             accumulators[modality].add(rows if len(positions) == len(rows) else rows[positions])
 
-    def wants_hessian(self, entry: str) -> bool:
-        """Whether a layer of the group that `entry` leads matches the expression."""
-        members = [name for name, leader in self.group.items() if leader == entry]
-        return self.hessians is not None and any(self.hessians.search(f"{self.method}:{name}") for name in members)
+    def members(self, leader: str) -> list[str]:
+        """The layers of a group."""
+        return [entry for entry, first in self.group.items() if first == leader]
 
-    def statistics(self) -> dict[Key, LayerStatistics]:
-        """Of every layer that was run. Raises UserError where the model computed numbers that are not finite."""
-        inputs = {
-            leader: {modality: accumulator.moments() for modality, accumulator in sorted(accumulators.items())}
-            for leader, accumulators in self.inputs.items()
-        }
-        found: dict[Key, LayerStatistics] = {}
-        for entry, accumulator in self.outputs.items():
-            total = accumulator.moments()
-            values = [total, *inputs[self.group[entry]].values()]
-            if not all(bool(moments.sum_square.isfinite().all()) for moments in values):
+    def wants_hessian(self, leader: str) -> bool:
+        """Whether a layer of the group matches the expression."""
+        return self.hessians is not None and any(
+            self.hessians.search(f"{self.method}:{name}") for name in self.members(leader)
+        )
+
+    def statistics(self, leader: str) -> dict[str, LayerStatistics]:
+        """Of the layers of a group that were run, which are forgotten. Raises UserError for numbers that are none."""
+        inputs = {modality: accumulator.moments() for modality, accumulator in sorted(self.inputs.pop(leader).items())}
+        found: dict[str, LayerStatistics] = {}
+        for entry in self.members(leader):
+            if entry not in self.outputs:
+                continue
+            total = self.outputs.pop(entry).moments()
+            if not all(bool(moments.sum_square.isfinite().all()) for moments in (total, *inputs.values())):
                 raise UserError(f"{self.method}: {entry} reads or gives NaN or Inf: these weights cannot be calibrated")
-            outputs = Outputs(total.minimum, total.maximum, total.rows)
-            found[self.method, entry] = LayerStatistics(inputs[self.group[entry]], outputs)
+            found[entry] = LayerStatistics(inputs, Outputs(total.minimum, total.maximum, total.rows))
         return found

@@ -30,13 +30,16 @@ class Calibration:
         return self.data if self.data.endswith(SUFFIX) else f"{self.count} samples of {self.data}, seed {self.seed}"
 
     def statistics(
-        self, model: Model, program: Program, passes: str, hessians: bool, say: Callable[[str], None]
+        self, model: Model, program: Program, passes: str, hessians: bool, out: Path, say: Callable[[str], None]
     ) -> Statistics:
-        """Of `program`, float with its passes applied. Raises UserError where the data or the file does not fit it."""
+        """Of `program`, float with its passes applied: read from the file, or from `out`, which they are collected in.
+
+        Raises UserError where the data or the file does not fit it.
+        """
         if self.data.endswith(SUFFIX):
             return Statistics.load(Path(self.data), program)
         samples = open_samples(self.data, self.count, self.seed)
-        return collect(model, program, samples, seed=self.seed, hessians=hessians, passes=passes, progress=say)
+        return collect(model, program, samples, seed=self.seed, hessians=hessians, passes=passes, out=out, progress=say)
 
 
 def again(model: Model, program: Program, origin: Mapping[str, Any], hessians: bool) -> Statistics:

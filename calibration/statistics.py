@@ -7,8 +7,8 @@ state dict). Those that read the same value share their moments, in memory and i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,10 +24,18 @@ __all__ = ["Combined", "Key", "LayerStatistics", "Moments", "Origin", "Outputs",
 
 @dataclass(frozen=True)
 class Statistics(Mapping[Key, LayerStatistics]):
-    """Statistics by (method, weight entry), and where they came from."""
+    """Statistics by (method, weight entry), and where they came from.
+
+    Those of a file are read as they are asked for; whoever is done with a layer's calls `release`.
+    """
 
     layers: Mapping[Key, LayerStatistics]
     origin: Origin
+    drop: Callable[[Key], None] = field(default=lambda key: None, compare=False)
+
+    def release(self, key: Key) -> None:
+        """The caller has read what it needs of a layer: pages of a mapped file, which count as memory, may go."""
+        self.drop(key)
 
     def __getitem__(self, key: Key) -> LayerStatistics:
         """Raises UserError for a layer that was not seen."""
@@ -88,11 +96,12 @@ class Statistics(Mapping[Key, LayerStatistics]):
         return statistics
 
 
-def fingerprint(program: Program, layers: Mapping[Key, LayerStatistics]) -> str:
+def fingerprint(program: Program, layers: Iterable[Key]) -> str:
     """Tells weights apart: a hash of each method's first and last layer's weight. Hexadecimal, 64 digits."""
     digest = hashlib.sha256()
-    for method in sorted({method for method, _ in layers}):
-        entries = sorted(entry for of, entry in layers if of == method)
+    keys = sorted(layers)
+    for method in sorted({method for method, _ in keys}):
+        entries = [entry for of, entry in keys if of == method]
         for entry in {entries[0]: None, entries[-1]: None}:
             weight = program.tensor(method, entry).detach().float().contiguous()
             digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from calibration.collect import ByteTokenizer
+from calibration.prompts import ByteTokenizer
 from calibration.samples import zoo_samples
 from export.agreement import lead
 from export.verify import relative_l2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +55,21 @@ def calibrate(options: CalibrateOptions, progress: Progress = to_stderr) -> Stat
         program.check()
     with stages("compress", write(passes) or "no passes"):
         program = apply(passes, program)
-    with stages("collect", f"{options.count} samples of {options.data}, seed {options.seed}") as say:
-        statistics = collect(model, program, samples, seed=options.seed, passes=write(passes), progress=say)
-        for name in statistics.origin.skipped_names:
-            say(f"skipped {name}")
-        if not statistics.origin.images:
-            say("WARNING: NO PICTURES: these statistics serve recipes that leave the vision encoder alone")
-    with stages("save", str(options.out)):
-        check_out(options.out, options.force)
-        statistics.save(options.out)
+    part = options.out.with_name(f".{options.out.name}.{os.getpid()}.part")
+    try:
+        with stages("collect", f"{options.count} samples of {options.data}, seed {options.seed}") as say:
+            statistics = collect(
+                model, program, samples, seed=options.seed, passes=write(passes), out=part, progress=say
+            )
+            for name in statistics.origin.skipped_names:
+                say(f"skipped {name}")
+            if not statistics.origin.images:
+                say("WARNING: NO PICTURES: these statistics serve recipes that leave the vision encoder alone")
+        with stages("save", str(options.out)):
+            check_out(options.out, options.force)
+            part.replace(options.out)
+    finally:
+        part.unlink(missing_ok=True)
     return statistics
 
 

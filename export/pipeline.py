@@ -243,18 +243,18 @@ def calibrated(job: Job, directory: Path, key: str | None, pieces: Pieces, say: 
     if key is None:
         return None
     given, hessians = job.options.calibration, job.resolved.needs_hessians
-    compute = partial(given.statistics, job.model, job.compressed, write(job.passes), hessians, say)
+    out = directory / STATISTICS
+    compute = partial(given.statistics, job.model, job.compressed, write(job.passes), hessians, out, say)
     if given.data.endswith(SUFFIX):
         return compute()
     collected: list[Statistics] = []
 
     def collect() -> dict[str, Any]:
         collected.append(compute())
-        collected[0].save(directory / STATISTICS)
         return {}
 
     pieces("statistics", lambda: key, collect)
-    return collected[0] if collected else Statistics.load(directory / STATISTICS, job.compressed)
+    return collected[0] if collected else Statistics.load(out, job.compressed)
 
 
 def make(

@@ -291,6 +291,52 @@ def _published() -> Iterator[Callable[[Path], Path]]:
             temporary.unlink(missing_ok=True)
 
 
+class SafetensorsWriter:
+    """A safetensors file that grows by tensors as they come, back to back; its header is written at the end.
+
+    `metadata` may be given until then. `room`: bytes kept for the header.
+    """
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self.file, self.room, self.position = file, -(-room // 8) * 8, 0
+        self.header: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
+        file.seek(8 + self.room)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor under a name that is new. Aligned to its elements where all have elements of one size."""
+        if name in self.header:
+            raise ValueError(f"'{name}' was written before")
+        entry = _spec(tensor)
+        self.file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        offsets = [self.position, self.position + entry.end]
+        self.header[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        self.position += entry.end
+
+    def finish(self) -> None:
+        """Write the header. Raises ValueError where the room does not suffice."""
+        whole = {"__metadata__": {"format": "pt", **self.metadata}, **self.header}
+        text = json.dumps(whole, separators=(",", ":")).encode()
+        if len(text) > self.room:
+            raise ValueError(f"a header of {len(text)} bytes does not fit into {self.room}")
+        self.file.seek(0)
+        self.file.write(self.room.to_bytes(8, "little") + text.ljust(self.room))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+@contextmanager
+def growing_safetensors(path: Path, room: int) -> Iterator[SafetensorsWriter]:
+    """A file at `path` that appears, whole, at the end, and not at all on an error.
+
+    Raises: UserError where the place cannot be written or the disk is full.
+    """
+    with _published() as stage, stage(path).open("wb") as file:
+        writer = SafetensorsWriter(file, room)
+        yield writer
+        writer.finish()
+
+
 def _write_one(
     path: Path, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Entry], metadata: Mapping[str, str]
 ) -> None:

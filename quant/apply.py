@@ -96,6 +96,11 @@ class Quantization:
             return None
         return self.statistics[layer.method, layer.entry].combined(self.resolved.recipe.modality)
 
+    def release(self, layer: Layer) -> None:
+        """What was measured of a layer has been read: its pages may go."""
+        if self.statistics is not None and (layer.method, layer.entry) in self.statistics:
+            self.statistics.release((layer.method, layer.entry))
+
     def rescaled(self, program: Program) -> Program:
         """Moves factors between the weights of layers whose rule says so."""
         for name, search in RESCALINGS.items():
@@ -109,6 +114,7 @@ class Quantization:
                 self.say(f"{name}: {first.path}")
                 weights = [program.tensor(layer.method, layer.entry) for layer in group.layers]
                 found = search(weights, schemes[first.node].weights, inputs_of(combined))
+                self.release(first)
                 program = rescale(program, first.method, group, found)
                 self.factors.update({(layer.method, layer.entry): found for layer in group.layers})
         return program
@@ -131,6 +137,7 @@ class Quantization:
         def compute() -> Mapping[str, Tensor]:
             made = self.quantized(program.stored(*key), layer, scheme, rule.scales)
             program.release(*key)
+            self.release(layer)
             return made
 
         def weight() -> Mapping[str, Tensor]:
@@ -168,4 +175,6 @@ class Quantization:
         asymmetric = not self.resolved.symmetric
         given = self.statistics[layer.method, layer.entry].outputs if scheme.activations == "a8o" else None
         output = None if given is None else activation_range(given.rows, asymmetric=asymmetric)
-        return activation_range(rows, asymmetric=asymmetric), output
+        found = activation_range(rows, asymmetric=asymmetric)
+        self.release(layer)
+        return found, output

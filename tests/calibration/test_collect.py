@@ -128,9 +128,9 @@ def test_greedy_steps_and_text_alone() -> None:
     """Without an answer the model's own is followed until its end; without pictures the vision encoder is not seen."""
     model, program = nano()
     sample = next(zoo_samples(1, SEED, "train"))
-    answer = collect(model, program, [sample], hessians=False, decode_steps=1)
-    greedy = collect(model, program, [replace(sample, answer=None)], hessians=False, decode_steps=1)
-    assert answer.origin.tokens == greedy.origin.tokens  # the trained model's first token is the answer's
+    answer = collect(model, program, [sample], hessians=False, decode_steps=STEPS)
+    greedy = collect(model, program, [replace(sample, answer=None)], hessians=False, decode_steps=STEPS)
+    assert answer.origin.tokens == greedy.origin.tokens  # the trained model's tokens are the answer's
     torch.testing.assert_close(
         greedy["text_decoder", "lm_head.weight"].inputs["text"].sum_abs,
         answer["text_decoder", "lm_head.weight"].inputs["text"].sum_abs,

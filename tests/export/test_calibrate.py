@@ -20,7 +20,7 @@ def test_statistics_are_written_and_not_overwritten(tmp_path: Path, capfd: Captu
     assert main([*command, "--json"]) == 0
     printed, progress = capfd.readouterr()
     document = json.loads(printed)
-    assert "sample 2 of 2" in progress
+    assert "text_decoder: 1 of 1 stretches" in progress
     found = Statistics.load(out, tiny_program("tiny"))
     assert document["origin"] == json.loads(json.dumps(found.origin.to_json()))
     assert (document["layers"], document["origin"]["count"]) == (len(found), 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.collect import Prompter
+from calibration.prompts import Prompter
 from calibration.samples import zoo_samples
 from calibration.source import Calibration
 from calibration.statistics import Statistics
