@@ -30,9 +30,15 @@ class Calibration:
         return self.data if self.data.endswith(SUFFIX) else f"{self.count} samples of {self.data}, seed {self.seed}"
 
     def statistics(
-        self, model: Model, program: Program, passes: str, hessians: bool, out: Path, say: Callable[[str], None]
+        self,
+        model: Model,
+        program: Program,
+        passes: str,
+        hessians: bool,
+        say: Callable[[str], None],
+        out: Path | None = None,
     ) -> Statistics:
-        """Of `program`, float with its passes applied: read from the file, or from `out`, which they are collected in.
+        """Of `program`, float with its passes applied: read from the file, or collected (in `out`, see `collect`).
 
         Raises UserError where the data or the file does not fit it.
         """

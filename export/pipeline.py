@@ -244,7 +244,7 @@ def calibrated(job: Job, directory: Path, key: str | None, pieces: Pieces, say: 
         return None
     given, hessians = job.options.calibration, job.resolved.needs_hessians
     out = directory / STATISTICS
-    compute = partial(given.statistics, job.model, job.compressed, write(job.passes), hessians, out, say)
+    compute = partial(given.statistics, job.model, job.compressed, write(job.passes), hessians, say, out)
     if given.data.endswith(SUFFIX):
         return compute()
     collected: list[Statistics] = []

@@ -17,6 +17,7 @@ from quant.algorithms.inputs import Inputs
 from quant.scheme import WeightScheme
 
 BLOCK = 128
+BASE = 512  # the width from which on triangular matrices are inverted by halves
 DAMPING = 0.01  # of the mean diagonal, the paper's; ten times more after each failure to factor
 
 
@@ -77,17 +78,29 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
     one triangular inverse instead of the paper's inverse and two factorisations. Damping grows until H factors; an
     input that was never seen (a zero row) gets the mean diagonal.
     """
-    hessian = hessian_KK.flip(0, 1).clone()
+    hessian = hessian_KK.flip(0, 1)
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0:
         return torch.eye(len(hessian))
-    diagonal[diagonal <= 0] = mean
+    plain = torch.where(diagonal > 0, diagonal, mean)
     damping, failed = DAMPING, True
     while failed:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(plain + damping * mean)
+        lower, info = torch.linalg.cholesky_ex(hessian)
         damping, failed = damping * 10, bool(info != 0)
-    identity = torch.eye(len(hessian))
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+    del hessian, diagonal  # as large as the factor, and its inverse
+    return lower_inverse(lower).flip(0, 1).contiguous()
+
+
+def lower_inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular [K, K] by halves: products of matrices, 2/3 of what solving for it takes."""
+    size = len(lower)
+    if size <= BASE:
+        return torch.linalg.solve_triangular(lower, torch.eye(size), upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    first = inverse[:half, :half] = lower_inverse(lower[:half, :half])
+    second = inverse[half:, half:] = lower_inverse(lower[half:, half:])
+    torch.matmul(second, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()
+    return inverse
