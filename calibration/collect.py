@@ -30,6 +30,9 @@ from graphs.program import Program
 #: inputs kept of each layer and modality: static ranges need the tails
 ROWS = 512
 
+#: those that run on all samples, one after the other
+METHODS = (VISION, ENCODER, DECODER)
+
 
 def collect(
     model: Model,
@@ -66,7 +69,7 @@ def collect(
     observe = partial(Observer, program, hessians=pattern, rows=rows, outputs=outputs, seed=seed)
     with place(out) as path:
         with writing(path, sum(len(traced.weight_names) for traced in program.methods.values())) as writer:
-            for method in (method for method in (VISION, ENCODER, DECODER) if method in program):
+            for method in (method for method in METHODS if method in program):
                 if method == DECODER:
                     greedy = [conversation for conversation in conversations if not conversation.answer]
                     answer_greedily(program, greedy, decode_steps, prompter.ends, progress)

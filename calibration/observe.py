@@ -222,11 +222,24 @@ class Observer:
             self.group[entry] = first.setdefault((*read, graph.output_node()) if kind else read, entry)
         self.entry = {node: entry for entry, nodes in layers.items() for node in nodes}
         stretch = {node: number for number, nodes in enumerate(self.sweep.stretches) for node in nodes}
-        self.last: dict[str, int] = {}  # the stretch after which a group is complete
+        self.extent: dict[str, tuple[int, int]] = {}  # the stretches where a group's counting begins, and is complete
         for node, entry in self.entry.items():
-            self.last[self.group[entry]] = max(self.last.get(self.group[entry], 0), stretch[node])
-        self.inputs: dict[str, dict[str, Accumulator]] = {entry: {} for entry in self.last}
+            begin, end = self.extent.get(self.group[entry], (stretch[node], 0))
+            self.extent[self.group[entry]] = min(begin, stretch[node]), max(end, stretch[node])
+        self.inputs: dict[str, dict[str, Accumulator]] = {entry: {} for entry in self.extent}
         self.outputs: dict[str, Extremes] = {}
+
+    def held_bytes(self, modalities: int) -> int:
+        """The most that a stretch's weights, and what is counted of its layers' inputs, take."""
+        most = self.sweep.weight_bytes()
+        for node, entry in self.entry.items():
+            if self.group[entry] == entry and isinstance(weight := node.args[1], fx.Node):
+                width = weight.meta["val"].shape[1]
+                hessian = width if node.target in LINEAR and self.wants_hessian(entry) else 0
+                begin, end = self.extent[entry]
+                for number in range(begin, end + 1):
+                    most[number] += modalities * 4 * width * (hessian + self.size + GATHERED)
+        return max(most)
 
     def run(
         self,
@@ -243,7 +256,7 @@ class Observer:
         count = len(self.sweep.stretches)
 
         def after(number: int) -> None:
-            for leader in [leader for leader, last in self.last.items() if last == number]:
+            for leader in [leader for leader, (_, end) in self.extent.items() if end == number]:
                 if found := self.statistics(leader):
                     keep(found)
             if (number + 1) % -(-count // 8) == 0:

@@ -25,6 +25,11 @@ class Calibration:
     count: int = 64
     seed: int = 0
 
+    @property
+    def collected(self) -> int:
+        """How many samples the program is run on: none where statistics are read from a file."""
+        return 0 if self.data.endswith(SUFFIX) else self.count
+
     def about(self) -> str:
         """In words, for progress."""
         return self.data if self.data.endswith(SUFFIX) else f"{self.count} samples of {self.data}, seed {self.seed}"

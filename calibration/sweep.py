@@ -40,11 +40,11 @@ State = dict[str, Tensor]  # by name, what is not zeros any more
 Watch = Callable[[fx.Node, Mapping[fx.Node, Any], Any, Labels], None]  # a node, what it read, what it gave
 
 
-def size(value: Any) -> int:
-    """Bytes of a fake tensor; of a dynamic size the one that it was traced with."""
+def size(value: Any, dynamic: int = 0) -> int:
+    """Bytes of a fake tensor, its dynamic sizes being `dynamic`, or else those that it was traced with."""
     if not isinstance(value, Tensor):
         return 0
-    sizes = (s if isinstance(s, int) else int(s.node.hint or 1) for s in value.shape)
+    sizes = (s if isinstance(s, int) else dynamic or int(s.node.hint or 1) for s in value.shape)
     return math.prod(sizes) * value.element_size()
 
 
@@ -116,6 +116,23 @@ class Sweep(fx.Interpreter):
                     living[later] += size(node.meta.get("val"))
         cuts = ends(weights, living, open_state, LEAST_BYTES, MOST_BYTES)
         return [self.nodes[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
+
+    def weight_bytes(self) -> list[int]:
+        """What the weights of each stretch take, as the graph reads them."""
+        return [
+            sum(size(n.meta.get("val")) for n in nodes if n.op == "get_attr" and n.target not in self.states)
+            for nodes in self.stretches
+        ]
+
+    def passed_bytes(self, dynamic: int) -> int:
+        """The most that one call, with dynamic sizes of `dynamic`, is between two stretches."""
+        stretch = {node: number for number, nodes in enumerate(self.stretches) for node in nodes}
+        passed = [0] * len(self.stretches)
+        for node, number in stretch.items():
+            if node.op != "get_attr":
+                for later in range(number, max((stretch[user] for user in node.users), default=number)):
+                    passed[later] += size(node.meta.get("val"), dynamic)
+        return max(passed)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A weight, read once a stretch, or state, which begins as zeros."""

@@ -14,9 +14,14 @@ from _thread import interrupt_main
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from calibration.collect import METHODS, ROWS
+from calibration.moments import MODALITIES
+from calibration.observe import Observer
 from export.memory import resident_bytes
 from export.sample import float32_bytes
+from export.stability import part
 from export.targets.base import Capabilities
+from graphs.dialogue import EMBEDDING, VISION
 from graphs.errors import UserError
 from graphs.program import Program
 from quant.resolve import Resolved
@@ -24,8 +29,14 @@ from quant.resolve import Resolved
 #: bytes of memory for each byte of float32 weights that are run to check a lowered graph: they, and temporaries
 RUN = 1.3
 
-#: the same for calibration, which runs the whole model and keeps what it has seen of each layer
-CALIBRATED = 1.5
+#: bytes of memory for each byte that calibration holds: the heap keeps gaps between what stays
+COLLECTED = 1.5
+
+#: tokens of a prompt that calibration reads, besides those of its picture
+TEXT_TOKENS = 64
+
+#: of a matrix of second moments: itself, what modalities are weighed into, its factor, and what factoring it takes
+FACTORED = 6
 
 #: seconds between two looks, in which an export allocates some tens of MiB
 PERIOD = 0.005
@@ -53,23 +64,36 @@ def parse_bytes(text: str) -> int:
     return value
 
 
-def hessian_bytes(program: Program, resolved: Resolved) -> int:
-    """What second moments of the inputs of all linear layers come to, [K, K] float32 each."""
-    if not resolved.needs_hessians:
-        return 0
-    layers = {key: program.methods[key[0]].exported.state_dict[key[1]].shape for key in resolved.layers}
-    return sum(4 * shape[-1] ** 2 for key, shape in layers.items() if resolved.layers[key][0].kind == "linear")
+def collected_bytes(program: Program, resolved: Resolved, samples: int, tokens: int) -> int:
+    """What collecting statistics of samples takes, whose pictures are so many tokens: see `calibration.sweep`."""
+    pattern = re.compile("") if resolved.needs_hessians else None
+    found = 0
+    for method in (method for method in METHODS if method in program):
+        observer = Observer(program, method, hessians=pattern, rows=ROWS, outputs=0, seed=0)
+        held = observer.held_bytes(1 if method == VISION else len(MODALITIES))
+        found = max(found, held + samples * observer.sweep.passed_bytes(tokens + TEXT_TOKENS))
+    return found + float32_bytes(part(program, {EMBEDDING} & set(program)))  # which is called all along
 
 
-def needed(table: Capabilities, whole: Program, part: Program, resolved: Resolved) -> Mapping[str, int]:
-    """Bytes of resident memory that each stage takes at its peak; `part` of `whole` is run to check it."""
+def factored_bytes(resolved: Resolved) -> int:
+    """What rounding by second moments takes: for the widest layer."""
+    chosen = (layer.inputs for layer, _, rule in resolved.layers.values() if rule.scales == "gptq")
+    return FACTORED * 4 * max(chosen, default=0) ** 2
+
+
+def needed(
+    table: Capabilities, whole: Program, checked: Program, resolved: Resolved, samples: int, tokens: int
+) -> Mapping[str, int]:
+    """Bytes of resident memory that each stage takes at its peak; `checked` is the part of `whole` that is run.
+
+    `samples`: how many are calibrated with, `tokens`: those of a picture.
+    """
     stages = {
-        "verify": table.base_bytes + int(RUN * float32_bytes(part)),
-        "lower": table.base_bytes + int(table.held * resolved.weight_bytes(whole)),
+        "verify": table.base_bytes + int(RUN * float32_bytes(checked)),
+        "lower": table.base_bytes + int(table.held * resolved.weight_bytes(whole)) + factored_bytes(resolved),
     }
-    if resolved.needs_statistics:
-        seen = CALIBRATED * float32_bytes(whole) + hessian_bytes(whole, resolved)
-        stages["calibrate"] = table.base_bytes + int(seen)
+    if resolved.needs_statistics and samples:
+        stages["calibrate"] = table.base_bytes + int(COLLECTED * collected_bytes(whole, resolved, samples, tokens))
     return stages
 
 

@@ -222,8 +222,9 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             if passes:
                 say(f"visual tokens: {job.tokens['before']} -> {job.tokens['after']}")
             if options.max_memory is not None:
-                part = Sample.choose(source, compressed, options.verify).of(compressed)
-                check_memory(needed(table, compressed, part, resolved), options.max_memory)
+                checked = Sample.choose(source, compressed, options.verify).of(compressed)
+                size = options.calibration.collected, job.tokens["after"] or 0
+                check_memory(needed(table, compressed, checked, resolved, *size), options.max_memory)
         if resolved.needs_statistics:
             origin["statistics"] = content.statistics(options.calibration, resolved.needs_hessians)
         if again and recorded == {**origin, "weights": content.of_weights()} and whole(out):

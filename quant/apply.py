@@ -125,6 +125,7 @@ class Quantization:
         if combined is None or layer.kind == "conv":
             return None
         inputs = inputs_of(combined)
+        self.release(layer)
         factors = self.factors.get((layer.method, layer.entry))
         return inputs if factors is None else inputs.divided_by(factors)
 
@@ -137,7 +138,6 @@ class Quantization:
         def compute() -> Mapping[str, Tensor]:
             made = self.quantized(program.stored(*key), layer, scheme, rule.scales)
             program.release(*key)
-            self.release(layer)
             return made
 
         def weight() -> Mapping[str, Tensor]:

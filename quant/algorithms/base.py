@@ -103,9 +103,9 @@ def pack(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightSche
     )
 
 
-def by_rows(weight_OK: Tensor, quantize: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:
-    """What `quantize` makes of [O, K], given some rows at a time: temporaries stay small, and in the cache."""
-    rows = max(1, CHUNK // weight_OK.shape[1])
+def by_rows(weight_OK: Tensor, quantize: Callable[[Tensor], QuantizedWeight], elements: int = CHUNK) -> QuantizedWeight:
+    """What `quantize` makes of [O, K], given rows of so many elements at a time: temporaries stay small."""
+    rows = max(1, elements // weight_OK.shape[1])
     if len(weight_OK) <= rows:
         return quantize(weight_OK)
     whole: dict[str, Tensor] = {}

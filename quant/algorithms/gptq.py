@@ -12,11 +12,12 @@ from torch import Tensor
 
 from graphs.errors import UserError
 from quant.algorithms import mse
-from quant.algorithms.base import QuantizedWeight, blocks, decode, encode, pack
+from quant.algorithms.base import QuantizedWeight, blocks, by_rows, decode, encode, pack
 from quant.algorithms.inputs import Inputs
 from quant.scheme import WeightScheme
 
 BLOCK = 128
+ROWS = 1 << 23  # elements of the rows that are rounded at once: 32 MiB a temporary
 BASE = 512  # the width from which on triangular matrices are inverted by halves
 DAMPING = 0.01  # of the mean diagonal, the paper's; ten times more after each failure to factor
 
@@ -34,16 +35,29 @@ def quantize(
     """
     if inputs is None or (inputs.hessian_KK is None and inputs.rows_RK is None):
         raise UserError("gptq needs the Hessian of the layer's inputs: calibrate with it, or choose mse")
+    blocks(weight_OK[:1], scheme.group)  # before the Hessian is factored, whether they fit
+    hessian = inputs.hessian()
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    factor = inverse_factor(hessian, order)
+
+    def rows(some_OK: Tensor) -> QuantizedWeight:
+        return compensated(some_OK, scheme, factor, order, act_order)
+
+    return by_rows(weight_OK, rows, ROWS)
+
+
+def compensated(
+    weight_OK: Tensor, scheme: WeightScheme, factor_KK: Tensor, order_K: Tensor, act_order: bool
+) -> QuantizedWeight:
+    """Some rows rounded, input by input in the given order; rows know nothing of each other."""
+    factor, order, width = factor_KK, order_K, len(order_K)
     whole = blocks(weight_OK, scheme.group)
     group = whole.shape[-1]
-    hessian = inputs.hessian()
-    width = len(hessian)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width)
-    factor = inverse_factor(hessian[order][:, order])
-    columns = weight_OK.float().T[order].contiguous()  # [K, O]: a column of the weight lies together
+    columns = whole.view(len(weight_OK), -1).T[order].contiguous()  # [K, O]: a column of the weight lies together
     points = torch.empty_like(columns)
     static = act_order or group == width
-    scale, zero = mse.search(whole, scheme)  # [O, n, 1]
+    scale, zero = mse.search_by_rows(whole, scheme)  # [O, n, 1]
     size = BLOCK if static or group > BLOCK else BLOCK // group * group
     for begin in range(0, width, size):
         end = min(begin + size, width)
@@ -71,14 +85,15 @@ def quantize(
     return pack(placed.T.contiguous(), scale, zero, scheme)
 
 
-def inverse_factor(hessian_KK: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = (H + damping)^-1, float32 [K, K].
+def inverse_factor(hessian_KK: Tensor, order_K: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = (H + damping)^-1, H in the given order of inputs, float32 [K, K].
 
     H = R R^T with R upper triangular (a Cholesky factor read from the other end), so U = R^-1: one factorisation and
     one triangular inverse instead of the paper's inverse and two factorisations. Damping grows until H factors; an
     input that was never seen (a zero row) gets the mean diagonal.
     """
-    hessian = hessian_KK.flip(0, 1)
+    back_K = order_K.flip(0)
+    hessian = hessian_KK[back_K[:, None], back_K]
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0:

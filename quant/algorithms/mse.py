@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quant.algorithms.base import (
+    CHUNK,
     SMALLEST_SCALE,
     QuantizedWeight,
     blocks,
@@ -35,6 +36,14 @@ def quantize(weight_OK: Tensor, scheme: WeightScheme, inputs: Inputs | None = No
         return round_blocks(whole, *search(whole, scheme, weights_K), scheme)
 
     return by_rows(weight_OK, rows)
+
+
+def search_by_rows(blocks_OnG: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor | None]:
+    """`search`, unweighted, over some rows at a time: temporaries stay in the cache."""
+    rows = max(1, CHUNK // blocks_OnG[0].numel())
+    found = [search(some, scheme) for some in blocks_OnG.split(rows)]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
 
 
 def search(

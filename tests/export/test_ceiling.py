@@ -42,12 +42,15 @@ def test_stages_and_their_refusal() -> None:
         resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-small")
     )
     part = Sample.choose(program, program, "sample").of(program)
-    sampled, whole = needed(table, program, part, plain), needed(table, program, program, plain)
+    sampled, whole = (needed(table, program, checked, plain, 64, 9) for checked in (part, program))
     assert set(sampled) == {"verify", "lower"}
     assert sampled["verify"] - table.base_bytes == pytest.approx(1.3 * float32_bytes(part), abs=1)
     assert sampled["verify"] < whole["verify"]
-    calibrated = needed(table, program, part, learned)
-    assert calibrated["calibrate"] - table.base_bytes > float32_bytes(program)
+    calibrated = needed(table, program, part, learned, 64, 9)
+    assert "calibrate" not in needed(table, program, part, learned, 0, 9)  # read from a file
+    width = max(layer.inputs for layer, _, _ in learned.layers.values())
+    assert calibrated["calibrate"] - table.base_bytes > 8 * width**2
+    assert calibrated["calibrate"] - needed(table, program, part, learned, 1, 9)["calibrate"] > 63 * 4 * width
     check_memory(whole, None)
     check_memory(whole, max(whole.values()))
     with pytest.raises(

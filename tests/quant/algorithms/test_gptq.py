@@ -83,7 +83,7 @@ def test_blocks_compute_the_plain_recursion(
 def test_the_factor_is_of_the_inverse() -> None:
     rows = correlated(300, 96)
     hessian = rows.T @ rows / 300
-    factor = gptq.inverse_factor(hessian).double()
+    factor = gptq.inverse_factor(hessian, torch.arange(len(hessian))).double()
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(96, dtype=torch.float64)
     assert torch.equal(factor, factor.triu())
     assert torch.allclose(factor.T @ factor @ damped, torch.eye(96, dtype=torch.float64), atol=1e-3)
@@ -124,3 +124,13 @@ def test_it_needs_inputs_and_is_deterministic() -> None:
         gptq.quantize(weight, scheme, Inputs(square_K=torch.ones(64)))
     inputs = Inputs(rows_RK=correlated(100, 64))
     assert torch.equal(gptq.quantize(weight, scheme, inputs).q, gptq.quantize(weight.clone(), scheme, inputs).q)
+
+
+def test_rows_are_rounded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, scheme = correlated(300, 96), WeightScheme("int", 4, 32)
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(1))
+    whole = gptq.quantize(weight, scheme, Inputs(rows_RK=rows))
+    monkeypatch.setattr(gptq, "ROWS", 7 * 96)
+    parted = gptq.quantize(weight, scheme, Inputs(rows_RK=rows))
+    assert torch.equal(parted.scale, whole.scale)
+    assert (parted.q != whole.q).float().mean() < 0.01  # products of other shapes differ in their last bits
