@@ -8,6 +8,7 @@ stretch of its graph at a time: memory holds a stretch's weights and second mome
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -67,9 +68,11 @@ def collect(
     conversations = prepared(model, program, samples, prompter)
     pattern = re.compile(hessians) if isinstance(hessians, str) else re.compile("") if hessians else None
     observe = partial(Observer, program, hessians=pattern, rows=rows, outputs=outputs, seed=seed)
+    observers = {method: observe(method) for method in METHODS if method in program}
     with place(out) as path:
+        check_space(path, observers.values())
         with writing(path, sum(len(traced.weight_names) for traced in program.methods.values())) as writer:
-            for method in (method for method in METHODS if method in program):
+            for method, observer in observers.items():
                 if method == DECODER:
                     greedy = [conversation for conversation in conversations if not conversation.answer]
                     answer_greedily(program, greedy, decode_steps, prompter.ends, progress)
@@ -78,7 +81,7 @@ def collect(
                 calls = [conversation.calls.get(method, []) for conversation in conversations]
                 if any(calls):
                     keep = partial(writer.add, method)
-                    made = observe(method).run(calls, keep, progress, last if method == DECODER else tuple)
+                    made = observer.run(calls, keep, progress, last if method == DECODER else tuple)
                     for conversation, results in zip(conversations, made, strict=True):
                         conversation.outputs[method] = [numbers(result) for result in results]
             embedding = observe(EMBEDDING)
@@ -113,6 +116,18 @@ def place(out: Path | None) -> Iterator[Path]:
         return
     with TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         yield Path(directory) / "statistics.safetensors"
+
+
+def check_space(path: Path, observers: Iterable[Observer]) -> None:
+    """Raise UserError where the disk has less room than the statistics will take at the least."""
+    directory = next(parent for parent in path.absolute().parents if parent.is_dir())
+    needed = sum(sum(observer.counted_bytes().values()) for observer in observers)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory} has {free >> 20} MiB free, statistics of this model take {needed >> 20} MiB or more while "
+            "they are used: make room there, or choose another place"
+        )
 
 
 def prepared(model: Model, program: Program, samples: Samples, prompter: Prompter) -> list[Conversation]:

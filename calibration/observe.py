@@ -229,16 +229,23 @@ class Observer:
         self.inputs: dict[str, dict[str, Accumulator]] = {entry: {} for entry in self.extent}
         self.outputs: dict[str, Extremes] = {}
 
-    def held_bytes(self, modalities: int) -> int:
-        """The most that a stretch's weights, and what is counted of its layers' inputs, take."""
-        most = self.sweep.weight_bytes()
+    def counted_bytes(self) -> dict[str, int]:
+        """What is counted of the inputs of each group, in one modality."""
+        found: dict[str, int] = {}
         for node, entry in self.entry.items():
             if self.group[entry] == entry and isinstance(weight := node.args[1], fx.Node):
                 width = weight.meta["val"].shape[1]
                 hessian = width if node.target in LINEAR and self.wants_hessian(entry) else 0
-                begin, end = self.extent[entry]
-                for number in range(begin, end + 1):
-                    most[number] += modalities * 4 * width * (hessian + self.size + GATHERED)
+                found[entry] = 4 * width * (hessian + self.size)
+        return found
+
+    def held_bytes(self, modalities: int) -> int:
+        """The most that a stretch's weights, and what is counted of its layers' inputs, take."""
+        most = self.sweep.weight_bytes()
+        for entry, counted in self.counted_bytes().items():
+            begin, end = self.extent[entry]
+            for number in range(begin, end + 1):
+                most[number] += modalities * counted
         return max(most)
 
     def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -163,3 +164,11 @@ def test_random_weights_need_no_tokenizer() -> None:
     found = collect(model, tiny_program("tiny"), open_samples("zoo", 2))
     assert found.origin.tokens["image"] == 2 * 9
     assert found.origin.weights == "random (seed 0)"
+
+
+def test_a_disk_without_room_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: full)
+    with pytest.raises(UserError, match=rf"{tmp_path} has 1 MiB free, statistics of this model take \d+ MiB or more"):
+        collect(*nano(), open_samples("zoo", 1), out=tmp_path / "new" / "statistics.safetensors")
+    assert not list(tmp_path.iterdir())

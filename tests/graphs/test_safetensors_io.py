@@ -14,7 +14,14 @@ import safetensors.torch
 import torch
 
 from graphs.errors import UserError
-from graphs.safetensors_io import DTYPES, SafetensorsFile, read_header, write_safetensors
+from graphs.safetensors_io import (
+    DTYPES,
+    SafetensorsFile,
+    growing_safetensors,
+    read_header,
+    tensor_digest,
+    write_safetensors,
+)
 
 TENSORS = {
     "a.weight": torch.arange(12.0).view(3, 4),
@@ -196,3 +203,32 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot be written: File too large" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_grew_reads_as_any_other(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.ones(5), "none": torch.empty(0, 4)}
+    with growing_safetensors(tmp_path / "grown", 1001) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        with pytest.raises(ValueError, match="'a' was written before"):
+            writer.add("a", torch.ones(5))
+        assert not (tmp_path / "grown").exists()
+        writer.metadata = {"said": "last"}
+    loaded = safetensors.torch.load_file(tmp_path / "grown")
+    file = SafetensorsFile(tmp_path / "grown")
+    assert loaded.keys() == file.entries.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+        assert torch.equal(file.tensor(name), tensor)
+        assert file.digest(name) == tensor_digest(tensor)
+    with safetensors.safe_open(tmp_path / "grown", "pt") as opened:
+        assert opened.metadata()["said"] == "last"
+
+
+def test_a_header_without_room_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="does not fit into 64"),
+        growing_safetensors(tmp_path / "grown", 64) as writer,
+    ):
+        writer.add("a", torch.ones(5))
+    assert not list(tmp_path.iterdir())
