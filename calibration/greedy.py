@@ -41,7 +41,9 @@ def answer_greedily(
                 conversation.rehearse()
                 calls.append(conversation.calls[DECODER][-1 if state else 0 :])
             outputs = decoder.sweep(calls, take=last, states=[state for _, state in going])
-            tokens = [int(made[-1][0][0, -1].argmax()) for made in outputs]
-            going = [pair for pair, token in zip(going, tokens, strict=True) if token not in ends]
-            for (conversation, _), token in zip(going, (t for t in tokens if t not in ends), strict=True):
-                conversation.answer.append(token)
+            answered, going = zip(going, outputs, strict=True), []
+            for (conversation, state), made in answered:
+                token = int(made[-1][0][0, -1].argmax())
+                if token not in ends:
+                    conversation.answer.append(token)
+                    going.append((conversation, state))
