@@ -30,13 +30,14 @@ from quant.resolve import Resolved
 RUN = 1.3
 
 #: bytes of memory for each byte that calibration holds: the heap keeps gaps between what stays
-COLLECTED = 1.5
+COLLECTED = 1.6
 
 #: tokens of a prompt that calibration reads, besides those of its picture
 TEXT_TOKENS = 64
 
-#: of a matrix of second moments: itself, what modalities are weighed into, its factor, and what factoring it takes
-FACTORED = 6
+#: what rounding by second moments takes, in matrices of them: those of modalities, what they are weighed into, its
+#: factor, what factoring it takes, and the rows that are rounded
+FACTORED = 8
 
 #: seconds between two looks, in which an export allocates some tens of MiB
 PERIOD = 0.005
@@ -88,9 +89,10 @@ def needed(
 
     `samples`: how many are calibrated with, `tokens`: those of a picture.
     """
+    run, held = int(RUN * float32_bytes(checked)), int(table.held * resolved.weight_bytes(whole))
     stages = {
-        "verify": table.base_bytes + int(RUN * float32_bytes(checked)),
-        "lower": table.base_bytes + int(table.held * resolved.weight_bytes(whole)) + factored_bytes(resolved),
+        "verify": table.base_bytes + run,
+        "lower": table.base_bytes + max(run, held) + factored_bytes(resolved),  # limits are found by running it, too
     }
     if resolved.needs_statistics and samples:
         stages["calibrate"] = table.base_bytes + int(COLLECTED * collected_bytes(whole, resolved, samples, tokens))
