@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -100,39 +101,45 @@ class Sweep(fx.Interpreter):
         self.state: State = {}
         self.fake = False
 
+    def last_reads(self) -> list[int]:
+        """Of each node, the place of the last one that reads it; its own where none does."""
+        place = {node: number for number, node in enumerate(self.nodes)}
+        return [max((place[user] for user in node.users), default=place[node]) for node in self.nodes]
+
+    def living(self, dynamic: int = 0) -> list[int]:
+        """Bytes of what is computed up to each node and read behind it, of one call; `dynamic` as `size` has it."""
+        found = [0] * len(self.nodes)
+        for number, (node, last) in enumerate(zip(self.nodes, self.last_reads(), strict=True)):
+            held = 0 if node.op == "get_attr" else size(node.meta.get("val"), dynamic)
+            for later in range(number, last if held else number):
+                found[later] += held
+        return found
+
+    def weights(self) -> list[int]:
+        """Bytes of weights that each node is, as the graph reads them."""
+        return [
+            size(node.meta.get("val")) if node.op == "get_attr" and node.target not in self.states else 0
+            for node in self.nodes
+        ]
+
     def divided(self) -> list[list[fx.Node]]:
         """The nodes of each stretch."""
-        place = {node: number for number, node in enumerate(self.nodes)}
-        weights, living = [0] * len(self.nodes), [0] * len(self.nodes)
         open_state = [False] * len(self.nodes)
-        for number, node in enumerate(self.nodes):
-            last = max((place[user] for user in node.users), default=number)
+        for number, (node, last) in enumerate(zip(self.nodes, self.last_reads(), strict=True)):
             if node.op == "get_attr" and node.target in self.states:
                 open_state[number:last] = [True] * (last - number)
-            elif node.op == "get_attr":
-                weights[number] = size(node.meta.get("val"))
-            else:
-                for later in range(number, last):
-                    living[later] += size(node.meta.get("val"))
-        cuts = ends(weights, living, open_state, LEAST_BYTES, MOST_BYTES)
+        cuts = ends(self.weights(), self.living(), open_state, LEAST_BYTES, MOST_BYTES)
         return [self.nodes[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
 
     def weight_bytes(self) -> list[int]:
-        """What the weights of each stretch take, as the graph reads them."""
-        return [
-            sum(size(n.meta.get("val")) for n in nodes if n.op == "get_attr" and n.target not in self.states)
-            for nodes in self.stretches
-        ]
+        """What the weights of each stretch take."""
+        weights = iter(self.weights())
+        return [sum(islice(weights, len(nodes))) for nodes in self.stretches]
 
     def passed_bytes(self, dynamic: int) -> int:
         """The most that one call, with dynamic sizes of `dynamic`, is between two stretches."""
-        stretch = {node: number for number, nodes in enumerate(self.stretches) for node in nodes}
-        passed = [0] * len(self.stretches)
-        for node, number in stretch.items():
-            if node.op != "get_attr":
-                for later in range(number, max((stretch[user] for user in node.users), default=number)):
-                    passed[later] += size(node.meta.get("val"), dynamic)
-        return max(passed)
+        living = self.living(dynamic)
+        return max(living[end - 1] for end in accumulate(map(len, self.stretches)))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A weight, read once a stretch, or state, which begins as zeros."""

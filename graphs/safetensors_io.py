@@ -154,8 +154,13 @@ def _described(dtype: torch.dtype, shape: Sequence[int]) -> hashlib._Hash:
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Of a tensor's dtype, shape and bytes, as `SafetensorsFile.digest` has it."""
     found = _described(tensor.dtype, tensor.shape)
-    found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    found.update(_raw(tensor))
     return found.hexdigest()
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes, in the order of its elements."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class SafetensorsFile:
@@ -259,6 +264,12 @@ def _spec(tensor: torch.Tensor) -> Entry:
     return Entry(tensor.dtype, tensor.shape, 0, tensor.numel() * tensor.dtype.itemsize)
 
 
+def _declared(entry: Entry, position: int) -> dict[str, Any]:
+    """What a header says of a tensor that lies at `position` behind it."""
+    offsets = [position, position + entry.end]
+    return {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+
+
 def _split(entries: Mapping[str, Entry], limit: int | None) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
@@ -308,9 +319,8 @@ class SafetensorsWriter:
         if name in self.header:
             raise ValueError(f"'{name}' was written before")
         entry = _spec(tensor)
-        self.file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        offsets = [self.position, self.position + entry.end]
-        self.header[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        self.file.write(_raw(tensor))
+        self.header[name] = _declared(entry, self.position)
         self.position += entry.end
 
     def finish(self) -> None:
@@ -346,8 +356,7 @@ def _write_one(
     position = 0
     for name in order:
         entry = entries[name]
-        offsets = [position, position + entry.end]
-        header[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        header[name] = _declared(entry, position)
         position += entry.end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -355,11 +364,11 @@ def _write_one(
     def chunks() -> Iterator[Any]:
         yield len(text).to_bytes(8, "little") + text
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
+            tensor = tensors[name]
             if (tensor.dtype, tensor.shape) != (entries[name].dtype, entries[name].shape):
                 raise ValueError(f"'{name}' changed its dtype or shape while it was written")
             if tensor.numel():
-                yield tensor.reshape(-1).view(torch.uint8).numpy()
+                yield _raw(tensor)
 
     _write_bytes(path, chunks())
 
