@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from graphs.lift import forget
 from graphs.program import Program
@@ -67,7 +68,8 @@ def wide(node: object, rows: int) -> bool:
 def leaves(node: fx.Node, alone: bool = False) -> bool:
     """Whether what a node computes goes nowhere but out of the graph, in its shape.
 
-    `alone`: and meets nothing on its way but single numbers, so that fewer columns of it are computed as they were.
+    `alone`: and meets nothing on its way but single numbers, none of them its width, so that fewer columns of it are
+    computed as they were.
     """
     shape = node.meta["val"].shape
     while len(node.users) == 1:
@@ -78,14 +80,15 @@ def leaves(node: fx.Node, alone: bool = False) -> bool:
             return False
         if alone and any(n is not node and n.meta["val"].numel() > 1 for n in user.all_input_nodes):
             return False
+        if alone and shape[-1] in tree_leaves((user.args, user.kwargs)):
+            return False
         node = user
     return False
 
 
 def first(program: Program, method: str, entry: str, rows: int) -> Tensor:
     """The first rows of a weight, of which no more are read."""
-    weight = program.stored(method, entry)[:rows].to(
-        program.methods[method].exported.state_dict[entry].dtype, copy=True
-    )
+    dtype = program.methods[method].exported.state_dict[entry].dtype
+    weight = program.stored(method, entry, rows).to(dtype, copy=True)
     program.release(method, entry)
     return weight

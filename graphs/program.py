@@ -90,15 +90,15 @@ class Program:
         constant = self.constants.get(name)
         return self.weights[name] if constant is None else constant() if callable(constant) else constant
 
-    def stored(self, method: str, entry: str) -> Tensor:
-        """As `tensor`, but in the dtype that the checkpoint keeps it in, and without a copy where that can be.
+    def stored(self, method: str, entry: str, rows: int | None = None) -> Tensor:
+        """As `tensor`, or its first rows, but in the dtype that the checkpoint keeps, and no copy where that can be.
 
         Whoever has read it calls `release`.
         """
         name = self.methods[method].weight_names[entry]
         if name in self.constants or not isinstance(self.weights, NamedWeights):
-            return self.tensor(method, entry)
-        return self.weights.stored(name)
+            return self.tensor(method, entry)[:rows]
+        return self.weights.stored(name, rows)
 
     def release(self, method: str, entry: str) -> None:
         """The caller has copied an entry: pages of a mapped checkpoint, which count as memory, may go."""

@@ -40,6 +40,10 @@ __all__ = [
 ]
 
 
+#: elements of a weight from which on it is looked through in parts
+PART = 1 << 24
+
+
 class NamedWeights(Mapping[str, Tensor], ABC):
     """Tensors by parameter name, made when asked for; `origin` says where they come from, for the manifest."""
 
@@ -62,9 +66,9 @@ class NamedWeights(Mapping[str, Tensor], ABC):
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 
-    def stored(self, name: str) -> Tensor:
-        """A tensor in the dtype that it is kept in, where possible without a copy: to be read, and released."""
-        return self[name]
+    def stored(self, name: str, rows: int | None = None) -> Tensor:
+        """A tensor, or its first rows, in the dtype it is kept in, where possible no copy: to be read, and released."""
+        return self[name][:rows]
 
     def release(self, name: str) -> None:
         """The caller is done with a tensor: memory that backs it may go. Reading it again is allowed."""
@@ -175,20 +179,30 @@ class Weights(NamedWeights):
             self.release(name)  # a copy was made, so the file's pages need not stay resident
         return value
 
-    def stored(self, name: str) -> Tensor:
-        """As `[name]`, but not cast. Raises: UserError as that does."""
-        stored = self.mapping[name].read(self.checkpoint.tensor)
+    def stored(self, name: str, rows: int | None = None) -> Tensor:
+        """As `[name]`, but not cast; of its first `rows` no more are read. Raises: UserError as that does."""
+        whole = self.mapping[name].read(self.checkpoint.tensor)
+        stored = whole if rows is None else whole[:rows]
         self._check_finite(name, stored, stored)
         return stored
 
     def _check_finite(self, name: str, stored: Tensor, value: Tensor) -> None:
-        """Raise UserError where `value`, the parameter `name`, holds NaN or Inf, as `stored` or since it was cast."""
-        if not self.checkpoint.allow_nan and not _finite(value):
-            keys = self.mapping[name].keys
-            where = f"{self.origin}: tensor '{shown(' + '.join(map(self.checkpoint.stored, keys)))}'"
-            if _finite(stored.float()):
-                raise UserError(f"{where} has values beyond the range of {_plain(value.dtype)}")
-            raise UserError(f"{where} holds NaN or Inf; --allow-nan reads it all the same")
+        """Raise UserError where `value`, the parameter `name`, holds NaN or Inf, as `stored` or since it was cast.
+
+        Of a large one that is mapped a part is in memory at a time.
+        """
+        if self.checkpoint.allow_nan:
+            return
+        parts = [value] if value.numel() <= PART else value.split(max(1, PART // value[0].numel()))
+        for part in parts:
+            if not _finite(part):
+                keys = self.mapping[name].keys
+                where = f"{self.origin}: tensor '{shown(' + '.join(map(self.checkpoint.stored, keys)))}'"
+                if _finite(stored.float()):
+                    raise UserError(f"{where} has values beyond the range of {_plain(value.dtype)}")
+                raise UserError(f"{where} holds NaN or Inf; --allow-nan reads it all the same")
+            if len(parts) > 1 and value.data_ptr() == stored.data_ptr():
+                self.release(name)
 
     def release(self, name: str) -> None:
         for key in self.mapping[name].keys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from calibration.statistics import Combined, Statistics
 from graphs.program import Program
 from quant.algorithms import ALGORITHMS, RESCALINGS
 from quant.algorithms.activations import activation_range, float8_scale
+from quant.algorithms.base import QuantizedWeight, by_rows
 from quant.algorithms.inputs import Inputs
 from quant.algorithms.palette import palette
 from quant.insert import Choice, Range, insert
@@ -29,6 +31,9 @@ Say = Callable[[str], None]
 #: quantized weights kept for the next reader (a target, then the reference), the least recently used go first
 KEPT_BYTES = 64 << 20
 
+#: algorithms whose rows do not depend on each other, and elements of a weight whose pages go once they are rounded
+ROWWISE, RELEASED = frozenset({"rtn", "mse"}), 1 << 24
+
 
 class Kept:
     """Results by name, as many as fit `limit` bytes: memory stays bounded whatever the model's size."""
@@ -39,11 +44,16 @@ class Kept:
 
     def get(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         if name not in self.results:
+            self.shrink(0)  # one alone may be beyond the limit: the next is not made beside it
             self.results[name] = compute()
         self.results.move_to_end(name)
-        while len(self.results) > 1 and sum(map(size, self.results.values())) > self.limit:
-            self.results.popitem(last=False)
+        self.shrink(1)
         return self.results[name]
+
+    def shrink(self, least: int) -> None:
+        """Forget what is beyond the limit, but for so many results."""
+        while len(self.results) > least and sum(map(size, self.results.values())) > self.limit:
+            self.results.popitem(last=False)
 
 
 def size(parts: Mapping[str, Tensor]) -> int:
@@ -136,24 +146,34 @@ class Quantization:
         name = f"{source}:{scheme}:{rule.scales}"
 
         def compute() -> Mapping[str, Tensor]:
-            made = self.quantized(program.stored(*key), layer, scheme, rule.scales)
-            program.release(*key)
-            return made
+            return self.quantized(program.stored(*key), layer, scheme, rule.scales, partial(program.release, *key))
 
         def weight() -> Mapping[str, Tensor]:
             return self.kept.get(name, compute)
 
         return Choice(scheme, name, weight, *self.ranges(layer, scheme))
 
-    def quantized(self, weight: Tensor, layer: Layer, scheme: Scheme, scales: str) -> Mapping[str, Tensor]:
-        """The parts of one layer's weight: integers and scales in the shapes that `insert.part_shapes` declares."""
+    def quantized(
+        self, weight: Tensor, layer: Layer, scheme: Scheme, scales: str, release: Callable[[], None]
+    ) -> Mapping[str, Tensor]:
+        """The parts of one layer's weight: integers and scales in the shapes that `insert.part_shapes` declares.
+
+        `release` is called each time some of the weight has been read, where rows do not depend on each other.
+        """
         inputs = self.inputs(layer)
         matrix = weight.flatten(1)
         if scheme.weights.kind == "palette":
             found = palette(matrix, scheme.weights.bits, inputs=inputs)
+            release()
             return {"index": found.index.view(weight.shape), "table": found.table}
-        algorithm = ALGORITHMS[scales if inputs is not None or scales != "gptq" else "mse"]
-        made = algorithm(matrix, scheme.weights, inputs)
+        chosen = scales if inputs is not None or scales != "gptq" else "mse"
+
+        def rows(some_OK: Tensor) -> QuantizedWeight:
+            found = ALGORITHMS[chosen](some_OK, scheme.weights, inputs)
+            release()
+            return found
+
+        made = by_rows(matrix, rows, RELEASED if chosen in ROWWISE else matrix.numel())
         if scheme.bfloat16_scales:
             made = replace(made, scale=made.scale.bfloat16().float())
         scale_shape = made.scale.shape if weight.dim() == 2 else (len(weight), *[1] * (weight.dim() - 1))

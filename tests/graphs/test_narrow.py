@@ -63,3 +63,20 @@ def test_a_layer_that_another_reads_is_no_head() -> None:
     given = [torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)).numpy()]
     (mine,), (whole,) = (EagerRuntime(p).call("net", given) for p in (small, program))
     assert torch.allclose(torch.from_numpy(mine), torch.from_numpy(whole[..., :16]), atol=1e-5)
+
+
+class Reshaping(nn.Module):
+    """A projector behind whose last layer the width is written out, as where pictures become one row of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).view(1, -1, 64)
+
+
+def test_a_layer_whose_width_is_written_out_behind_it_stays() -> None:
+    x = TensorSpec("x", (1, 3, 8))
+    program = toy_program("net", Reshaping, Signature((x,), (TensorSpec("y", (1, 3, 64)),)))
+    assert narrow(program, 16) is program

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.components.activations import ACTIVATIONS
+from graphs.components.stack import AlikeLayers
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class PerceiverLayer(nn.Module):
         return latents_PLD + self.mlp(self.post_attention_layernorm(latents_PLD))
 
 
-class PerceiverResampler(nn.Module):
+class PerceiverResampler(AlikeLayers):
     """Any number of features [P, N, D] to L latents [P, L, D]; `mask` [P, 1, 1, N] adds to the scores of features."""
 
     def __init__(self, config: PerceiverConfig) -> None:

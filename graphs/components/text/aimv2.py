@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.gated_encoder import GatedEncoderLayer
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.clip import CausalMask, first
 from graphs.components.vision.aimv2 import check_heads
 from graphs.config import ConfigReader
@@ -66,7 +67,7 @@ class Aimv2TextConfig:
         return tower
 
 
-class Aimv2TextTower(nn.Module):
+class Aimv2TextTower(AlikeLayers):
     """Ids [1, T] (int64), padded to the tower's length, to a text's embedding [1, P], not normalised."""
 
     def __init__(self, config: Aimv2TextConfig) -> None:
@@ -81,7 +82,8 @@ class Aimv2TextTower(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x_BTD = self.token_embedding(input_ids) + self.position_embedding.weight
+        mask = self.causal()
         for layer in self.layers:
-            x_BTD = layer(x_BTD, self.causal())
+            x_BTD = layer(x_BTD, mask)
         pooled_BD = x_BTD[0].index_select(0, first(input_ids == self.end))
         return self.projection(self.rms_norm(pooled_BD))

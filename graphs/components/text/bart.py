@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.encoder import EncoderAttention
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import KVCache, causal_mask
 from graphs.components.text.config import TextConfig
 from graphs.components.text.cross import CrossCaches, Pair, of_layer
@@ -85,7 +86,7 @@ class BartEncoderLayer(nn.Module):
         return self.feed_forward(self.self_attn_layer_norm(x_1MD + self.self_attn(x_1MD)))
 
 
-class BartEncoder(nn.Module):
+class BartEncoder(AlikeLayers):
     """Embeddings [1, M, D] to `cross_keys` and `cross_values`, both [L, A, M, K], of the decoder's layers."""
 
     def __init__(self, config: TextConfig, decoder: TextConfig) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.encoder import EncoderLayer
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import causal_mask
 from graphs.config import ConfigReader
 
@@ -127,7 +128,7 @@ class CausalMask(nn.Module):
         return self.mask
 
 
-class ClipTextTower(nn.Module):
+class ClipTextTower(AlikeLayers):
     """Ids [1, T] (int64), padded to the tower's length, to a text's embedding [1, P], not normalised."""
 
     def __init__(self, config: ClipTextConfig) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import KVCache, causal_mask
 from graphs.components.text.config import TextConfig
 from graphs.components.text.experts import MixtureOfExperts
@@ -139,7 +140,7 @@ class DecoderLayer(nn.Module):
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
-class TextDecoder(nn.Module):
+class TextDecoder(AlikeLayers):
     """Embeddings [1, S, D] at positions [S] (int64) to logits [1, S, V]; each call extends the cache it owns.
 
     Positions are consecutive; where the family's positions have three components (`mrope_section`), those, [3, S], are
@@ -158,7 +159,7 @@ class TextDecoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def repeated(self) -> nn.ModuleList | None:
-        """The layers, where all are run alike (see `graphs.repeat`)."""
+        """The layers, where all are run alike."""
         return None if self.config.full_layers else self.layers
 
     def hidden(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.encoder import EncoderAttention
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import KVCache, causal_mask
 from graphs.components.text.config import TextConfig
 from graphs.config import ConfigReader
@@ -119,7 +120,7 @@ class MagnetoLayer(nn.Module):
         return x_1SD + self.ffn(self.final_layer_norm(x_1SD))
 
 
-class MagnetoDecoder(nn.Module):
+class MagnetoDecoder(AlikeLayers):
     """Embeddings [1, S, D] at positions [S] (int64) to logits [1, S, V]; each call extends the cache it owns.
 
     `first`: the position, among the sinusoids, of the first token.

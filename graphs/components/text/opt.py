@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from graphs.components.activations import ACTIVATIONS
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import causal_mask
 from graphs.components.text.config import TextConfig
 from graphs.components.text.decoder import DecoderLayer, norm
@@ -51,7 +52,7 @@ def read_opt(config: ConfigReader) -> TextConfig:
     )
 
 
-class OptDecoder(nn.Module):
+class OptDecoder(AlikeLayers):
     """Embeddings [1, S, D] at positions [S] (int64) to logits [1, S, V]; each call extends the cache it owns."""
 
     def __init__(self, config: TextConfig, context: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import KVCache, causal_mask
 from graphs.components.text.config import TextConfig
 from graphs.components.text.cross import CrossCaches, KeysValues, Pair, of_layer
@@ -164,7 +165,7 @@ class T5Layer(nn.Module):
         return x_BSD + self.mlp(self.mlp_norm(x_BSD))
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(AlikeLayers):
     """Embeddings [1, S, D] of a prompt to the decoder's keys and values of it, [L, A, S, K] each."""
 
     positions: Tensor

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.gated_encoder import GatedEncoderConfig, GatedEncoderLayer
+from graphs.components.stack import AlikeLayers
 from graphs.components.vision.pixels import NormalizePixels
 from graphs.config import ConfigReader
 from graphs.preprocess.picture import Normalized
@@ -137,7 +138,7 @@ class NativeEmbeddings(nn.Module):
         return (x_ND + self.positions(place_N2)).unsqueeze(0)
 
 
-class Aimv2Tower(nn.Module):
+class Aimv2Tower(AlikeLayers):
     """What the embeddings take to normed features [B, N, D]."""
 
     def __init__(self, config: Aimv2VisionConfig) -> None:

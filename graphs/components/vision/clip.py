@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.encoder import EncoderLayer
+from graphs.components.stack import AlikeLayers
 from graphs.config import ConfigReader
 
 
@@ -124,7 +125,7 @@ class ClipEmbeddings(nn.Module):
         return x_BTD + self.position_embedding.weight
 
 
-class ClipVisionTower(nn.Module):
+class ClipVisionTower(AlikeLayers):
     """Normalised pixels [B, 3, H, W] to features [B, T - drop_first, D] of the layer `select_layer`.
 
     `select_layer` counts hidden states as LLaVA does (arXiv 2304.08485): 0 is what enters the first layer, -1 the
@@ -142,7 +143,7 @@ class ClipVisionTower(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(max(self.selected)))
 
     def repeated(self) -> nn.ModuleList | None:
-        """The layers, where only the last one's output is selected (see `graphs.repeat`)."""
+        """The layers, where only the last one's output is selected."""
         return self.layers if len(self.selected) == 1 else None
 
     def states(self, pixels_BCHW: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.encoder import EncoderMLP
+from graphs.components.stack import AlikeLayers
 from graphs.config import ConfigReader
 
 #: `norm_type` of a vision_config -> its module, from a width and an epsilon
@@ -139,7 +140,7 @@ class InternLayer(nn.Module):
         return x_BTD + self.mlp_scale(self.mlp(self.layernorm_after(x_BTD)))
 
 
-class InternVisionTower(nn.Module):
+class InternVisionTower(AlikeLayers):
     """Normalised pixels [B, 3, H, W] to the patches' features [B, N, D] that leave layer `select_layer`.
 
     `select_layer` counts hidden states: 0 is what enters the first layer, -1 the output of the last, behind the last

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphs.components.encoder import EncoderLayer
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import MASKED
 from graphs.components.vision.clip import SIGLIP_BASE_16, ClipVisionConfig
 from graphs.components.vision.pixels import NormalizePixels
@@ -72,7 +73,7 @@ class PatchEmbeddings(nn.Module):
         return self.patch_embedding(normal.flatten(2)) + self.position_embedding(positions_PN)
 
 
-class NavitTower(nn.Module):
+class NavitTower(AlikeLayers):
     """What `embeddings` takes to features [P, N, D]; `mask` [P, 1, 1, N] adds to the scores of the patches seen.
 
     `layers`: how many are built, None for all. `post_norm`: whether the last state is normed.

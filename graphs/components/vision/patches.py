@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.encoder import EncoderMLP
+from graphs.components.stack import AlikeLayers
 from graphs.components.text.cache import MASKED
 from graphs.components.vision.pixels import NormalizePixels
 from graphs.config import ConfigReader
@@ -181,7 +182,7 @@ class PatchLayer(nn.Module):
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
 
-class PatchTower(nn.Module):
+class PatchTower(AlikeLayers):
     """Raw patches [.., V] uint8, rows and columns [.., 2] and groups [..] (int64) to features [N, D].
 
     Patches of the same group see each other. With windows, the patches of one stand side by side, `window_side`**2
@@ -208,13 +209,18 @@ class PatchTower(nn.Module):
             mask = torch.where(group.unsqueeze(-1) == group.unsqueeze(-2), 0.0, MASKED).to(x_ND.dtype)
             return cos_NK.reshape(*shape, cos_NK.shape[-1]), sin_NK.reshape(*shape, cos_NK.shape[-1]), mask
 
-        windows, whole = (seen(self.length) if self.length else None), seen(0)
-        for index, layer in enumerate(self.layers):
-            if windows is None or index in self.full_layers:
-                x_ND = layer(x_ND.reshape(1, -1, self.width), *whole)
-            else:
-                x_ND = layer(x_ND.reshape(-1, self.length, self.width), *windows)
-        return x_ND.reshape(-1, self.width)
+        lengths = [0 if index in self.full_layers else self.length for index in range(len(self.layers))]
+        turned = {length: seen(length) for length in dict.fromkeys((self.length, 0))}
+        x_BTD, stands = x_ND, -1
+        for layer, length in zip(self.layers, lengths, strict=True):
+            if length != stands:  # nothing stands between alike layers: they are one stack
+                x_BTD, stands = x_BTD.reshape((-1, length, self.width) if length else (1, -1, self.width)), length
+            x_BTD = layer(x_BTD, *turned[length])
+        return x_BTD.reshape(-1, self.width)
+
+    def repeated(self) -> nn.ModuleList | None:
+        """The layers, where none has windows."""
+        return None if self.length else self.layers
 
 
 class PatchMerger(nn.Module):

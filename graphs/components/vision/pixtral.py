@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graphs.components.activations import ACTIVATIONS
 from graphs.components.gated_encoder import GatedEncoderLayer
+from graphs.components.stack import AlikeLayers
 from graphs.components.vision.pixels import NormalizePixels
 from graphs.config import ConfigReader
 from graphs.preprocess.raster import RasterProcessor
@@ -100,7 +101,7 @@ class PixtralRotary(nn.Module):
         return torch.cat([*cos, *cos], dim=-1), torch.cat([*sin, *sin], dim=-1)
 
 
-class PixtralTower(nn.Module):
+class PixtralTower(AlikeLayers):
     """Raw patches [N, 3, S, S] uint8 and their places [N, 2] to features [1, N, D] of one picture.
 
     `layers`: how many are built; the features are those that leave the last of them.
