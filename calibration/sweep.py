@@ -41,12 +41,30 @@ State = dict[str, Tensor]  # by name, what is not zeros any more
 Watch = Callable[[fx.Node, Mapping[fx.Node, Any], Any, Labels], None]  # a node, what it read, what it gave
 
 
-def size(value: Any, dynamic: int = 0) -> int:
-    """Bytes of a fake tensor, its dynamic sizes being `dynamic`, or else those that it was traced with."""
+def size(value: Any, length: int = 0) -> int:
+    """Bytes of a fake tensor whose dynamic dimensions are of a length, or else of those that it was traced with."""
     if not isinstance(value, Tensor):
         return 0
-    sizes = (s if isinstance(s, int) else dynamic or int(s.node.hint or 1) for s in value.shape)
-    return math.prod(sizes) * value.element_size()
+    return math.prod(extent(s, length) for s in value.shape) * value.element_size()
+
+
+def extent(dimension: int | torch.SymInt, length: int = 0) -> int:
+    """A dimension where all dynamic ones take a length, clipped to the bounds of each."""
+    if isinstance(dimension, int):
+        return dimension
+    node = dimension.node
+    if not length:
+        return int(node.hint or 1)
+    bounds = {symbol: node.shape_env.var_to_range[symbol] for symbol in node.expr.free_symbols}
+    return int(node.expr.subs({symbol: max(b.lower, min(b.upper, length)) for symbol, b in bounds.items()}))
+
+
+def score_bytes(node: fx.Node, length: int) -> int:
+    """What attention computes besides its output where it is not one operator: scores and their softmax."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return 0
+    query, key = (read.meta["val"].shape for read in node.all_input_nodes[:2])
+    return 2 * 4 * math.prod(extent(s, length) for s in (*query[:-1], key[-2]))
 
 
 def write_early(graph: fx.Graph) -> None:
@@ -106,11 +124,11 @@ class Sweep(fx.Interpreter):
         place = {node: number for number, node in enumerate(self.nodes)}
         return [max((place[user] for user in node.users), default=place[node]) for node in self.nodes]
 
-    def living(self, dynamic: int = 0) -> list[int]:
-        """Bytes of what is computed up to each node and read behind it, of one call; `dynamic` as `size` has it."""
+    def living(self, length: int = 0) -> list[int]:
+        """Bytes of what is computed up to each node and read behind it, of one call; `length` as `size` has it."""
         found = [0] * len(self.nodes)
         for number, (node, last) in enumerate(zip(self.nodes, self.last_reads(), strict=True)):
-            held = 0 if node.op == "get_attr" else size(node.meta.get("val"), dynamic)
+            held = 0 if node.op == "get_attr" else size(node.meta.get("val"), length)
             for later in range(number, last if held else number):
                 found[later] += held
         return found
@@ -136,10 +154,18 @@ class Sweep(fx.Interpreter):
         weights = iter(self.weights())
         return [sum(islice(weights, len(nodes))) for nodes in self.stretches]
 
-    def passed_bytes(self, dynamic: int) -> int:
-        """The most that one call, with dynamic sizes of `dynamic`, is between two stretches."""
-        living = self.living(dynamic)
+    def passed_bytes(self, length: int) -> int:
+        """The most that one call, with dynamic dimensions of a length, is between two stretches."""
+        living = self.living(length)
         return max(living[end - 1] for end in accumulate(map(len, self.stretches)))
+
+    def computed_bytes(self, length: int) -> int:
+        """The most that one call, with dynamic dimensions of a length, is besides weights and state."""
+        before = [0, *self.living(length)]
+        made = (
+            score_bytes(n, length) + (0 if n.op == "get_attr" else size(n.meta.get("val"), length)) for n in self.nodes
+        )
+        return max(held + new for held, new in zip(before, made, strict=False))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A weight, read once a stretch, or state, which begins as zeros."""

@@ -7,6 +7,7 @@ ceiling all the same, and nothing is left behind.
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import threading
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from calibration.collect import METHODS, ROWS
 from calibration.moments import MODALITIES
 from calibration.observe import Observer
+from calibration.sweep import Sweep
 from export.memory import resident_bytes
 from export.sample import float32_bytes
 from export.stability import part
@@ -28,6 +30,13 @@ from quant.resolve import Resolved
 
 #: bytes of memory for each byte of float32 weights that are run to check a lowered graph: they, and temporaries
 RUN = 1.3
+
+#: and for each byte that is computed: what runs a lowered graph keeps the blocks that it has used
+COMPUTED = 1.5
+
+#: bytes of memory for each number of a weight that is written: quantized, its integers, what is packed of them and
+#: scales; else a copy in float32 and the checkpoint's pages
+CODED, COPIED = 3.5, 6.0
 
 #: bytes of memory for each byte that calibration holds: the heap keeps gaps between what stays
 COLLECTED = 1.6
@@ -76,6 +85,26 @@ def collected_bytes(program: Program, resolved: Resolved, samples: int, tokens: 
     return found + float32_bytes(part(program, {EMBEDDING} & set(program)))  # which is called all along
 
 
+def computed_bytes(program: Program) -> int:
+    """What one call of a method on an example is at most besides its weights, state counted twice."""
+
+    def of(method: str) -> int:
+        signature = program.methods[method].signature
+        state = sum(math.prod(spec.size({})) * 4 for spec in signature.state)
+        return 2 * state + Sweep(program, method).computed_bytes(signature.method(method).example_length)
+
+    return max(map(of, program))
+
+
+def largest_bytes(program: Program, resolved: Resolved) -> int:
+    """What writing one weight takes, of the one that takes most."""
+    return max(
+        int((CODED if (method, entry) in resolved.layers else COPIED) * traced.exported.state_dict[entry].numel())
+        for method, traced in program.methods.items()
+        for entry in traced.weight_names
+    )
+
+
 def factored_bytes(resolved: Resolved) -> int:
     """What rounding by second moments takes: for the widest layer."""
     chosen = (layer.inputs for layer, _, rule in resolved.layers.values() if rule.scales == "gptq")
@@ -89,10 +118,12 @@ def needed(
 
     `samples`: how many are calibrated with, `tokens`: those of a picture.
     """
-    run, held = int(RUN * float32_bytes(checked)), int(table.held * resolved.weight_bytes(whole))
+    run = int(RUN * float32_bytes(checked) + COMPUTED * computed_bytes(checked))
+    held = int(table.held * resolved.weight_bytes(whole))
     stages = {
         "verify": table.base_bytes + run,
-        "lower": table.base_bytes + max(run, held) + factored_bytes(resolved),  # limits are found by running it, too
+        # limits are found by running it, too
+        "lower": table.base_bytes + max(run, held + largest_bytes(whole, resolved)) + factored_bytes(resolved),
     }
     if resolved.needs_statistics and samples:
         stages["calibrate"] = table.base_bytes + int(COLLECTED * collected_bytes(whole, resolved, samples, tokens))

@@ -82,8 +82,9 @@ def picture(size: Sequence[int], generator: torch.Generator) -> Tensor:
     return (255 * (0.8 * smooth + 0.2 * noise)).round().reshape(*size)
 
 
-#: numbers that the pictures of an example may be, three of 448 x 448; and the pictures that it has at least
-EXAMPLE_PIXELS, EXAMPLE_PICTURES = 3 * 3 * 448 * 448, 3
+#: the length of dynamic dimensions in an example; of pictures these at least, and no more than are so many numbers,
+#: three of 448 x 448
+EXAMPLE_LENGTH, EXAMPLE_PICTURES, EXAMPLE_PIXELS = 12, 3, 3 * 3 * 448 * 448
 
 
 @dataclass(frozen=True)
@@ -105,22 +106,22 @@ class Method:
         """The dynamic dimensions of all inputs, by name."""
         return {dim.name: dim for spec in self.inputs for dim in spec.dims}
 
-    def affordable(self) -> int:
-        """The length that dynamic dimensions of pictures may take in an example."""
+    @property
+    def example_length(self) -> int:
+        """Of dynamic dimensions in an example: less where pictures would be more than `EXAMPLE_PIXELS`."""
         pictures = [spec.shape for spec in self.inputs if spec.values == "pixels" and spec.dims]
         each = max((math.prod(size for size in shape if isinstance(size, int)) for shape in pictures), default=1)
-        return max(EXAMPLE_PICTURES, EXAMPLE_PIXELS // each)
+        return min(EXAMPLE_LENGTH, max(EXAMPLE_PICTURES, EXAMPLE_PIXELS // each))
 
     def examples(self, seed: int = 0, lengths: Sequence[int] = ()) -> Iterator[tuple[Tensor, ...]]:
         """Seeded inputs for one call, or for a sequence of calls that share the state, one for each of `lengths`.
 
-        Every dynamic dimension takes that length, clipped to its bounds; by default less where pictures would be more
-        than `EXAMPLE_PIXELS` then. A stateful method defaults to a prefill and three single steps.
+        Every dynamic dimension takes that length, clipped to its bounds. The default is one call of `example_length`,
+        and three single steps behind it where there is state.
         """
         start = 0
-        for call, length in enumerate(lengths or ((12, 1, 1, 1) if self.state else (12,))):
-            limit = length if lengths else min(length, self.affordable())
-            sizes = {name: max(dim.min, min(dim.max, limit)) for name, dim in self.dims.items()}
+        for call, length in enumerate(lengths or (self.example_length, *((1, 1, 1) if self.state else ()))):
+            sizes = {name: max(dim.min, min(dim.max, length)) for name, dim in self.dims.items()}
             yield tuple(
                 spec.example(sizes, seed * 1009 + call * 101 + index, start) for index, spec in enumerate(self.inputs)
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,8 +11,8 @@ from torch import fx
 
 from graphs.lift import WRITES
 
-#: the first numbered part of a module's path: one layer of a stack
-NUMBERED = re.compile(r"(.*?\.)?\d+(?=\.|$)")
+#: how deep stacks may lie in one another: the layers of a stage, of which there are some
+DEPTHS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,27 @@ class Stacked:
     made: fx.Node
 
 
-def layer_of(node: fx.Node) -> str:
-    """The path of the stacked layer that a node came from; empty outside of any."""
+def depth_of(path: str) -> int:
+    """In how many numbered modules a path lies."""
+    return sum(part.isdecimal() for part in path.split("."))
+
+
+def layer_of(node: fx.Node, depth: int = 1) -> str:
+    """The path, up to its number of that depth, of the stacked layer that a node came from; empty outside of any."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = str([*stack.values()][-1][0]) if stack else ""
-    found = NUMBERED.match(path)
-    return found[0] if found else ""
+    parts = str([*stack.values()][-1][0]).split(".") if stack else []
+    numbers = [place for place, part in enumerate(parts, 1) if part.isdecimal()]
+    return ".".join(parts[: numbers[depth - 1]]) if len(numbers) >= depth else ""
 
 
-def owners(graph: fx.Graph) -> dict[fx.Node, str]:
+def owners(graph: fx.Graph, depth: int = 1) -> dict[fx.Node, str]:
     """For each operator the layer that it belongs to: its own, or, for what was put in later, that of its readers."""
     owner: dict[fx.Node, str] = {}
     for node in reversed(graph.nodes):
         if node.op != "call_function":
             continue
         if node.meta.get("nn_module_stack"):
-            owner[node] = layer_of(node)
+            owner[node] = layer_of(node, depth)
         else:
             readers = {owner.get(user, "") for user in node.users}
             owner[node] = readers.pop() if len(readers) == 1 else ""
@@ -57,9 +61,9 @@ def form(node: fx.Node) -> str:
     return f"{tuple(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else str(found)
 
 
-def stacked(graph: fx.Graph) -> list[Stacked]:
-    """The layers that can be left out, in the order of computation."""
-    owner = owners(graph)
+def stacked(graph: fx.Graph, depth: int = 1) -> list[Stacked]:
+    """The layers at a depth that can be left out, in the order of computation."""
+    owner = owners(graph, depth)
     members: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if owner.get(node):

@@ -30,11 +30,13 @@ def lazy(read: Callable[[], Tensor], dtype: ir.DataType, shape: ir.Shape, name: 
 def entry(program: Program, method: str, name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
     """An entry of the method's state dict, copied where it is mapped, so that the checkpoint's pages may go."""
     computed = program.methods[method].weight_names.get(name) in program.constants
+    stored_as = program.methods[method].exported.state_dict[name].dtype
 
     def read() -> Tensor:
         if computed:
             return program.tensor(method, name).detach()
-        copy = program.tensor(method, name).detach().clone(memory_format=torch.contiguous_format)
+        stored = program.stored(method, name).detach()
+        copy = stored.to(stored_as, copy=True, memory_format=torch.contiguous_format)
         program.release(method, name)
         return copy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from calibration import sweep
-from export.ceiling import NEARLY, check_memory, needed, parse_bytes, watched
+from export.ceiling import NEARLY, check_memory, computed_bytes, largest_bytes, needed, parse_bytes, watched
 from export.memory import resident_bytes
 from export.sample import Sample, float32_bytes
+from export.stability import part
 from export.targets.base import TARGETS, load_target
 from graphs.errors import UserError
 from quant.recipe import recipe
@@ -42,18 +44,19 @@ def test_stages_and_their_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, learned = (
         resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-small")
     )
-    part = Sample.choose(program, program, "sample").of(program)
-    sampled, whole = (needed(table, program, checked, plain, 64, 9) for checked in (part, program))
+    some = Sample.choose(program, program, "sample").of(program)
+    sampled, whole = (needed(table, program, checked, plain, 64, 9) for checked in (some, program))
     assert set(sampled) == {"verify", "lower"}
-    assert sampled["verify"] - table.base_bytes == pytest.approx(1.3 * float32_bytes(part), abs=1)
+    computed = 1.5 * computed_bytes(some)
+    assert sampled["verify"] - table.base_bytes == pytest.approx(1.3 * float32_bytes(some) + computed, abs=1)
     assert sampled["verify"] < whole["verify"]
     monkeypatch.setattr(sweep, "LEAST_BYTES", 1)  # else it is one stretch, and samples pass nothing on
     monkeypatch.setattr(sweep, "MOST_BYTES", 1)
-    calibrated = needed(table, program, part, learned, 64, 9)
-    assert "calibrate" not in needed(table, program, part, learned, 0, 9)  # read from a file
+    calibrated = needed(table, program, some, learned, 64, 9)
+    assert "calibrate" not in needed(table, program, some, learned, 0, 9)  # read from a file
     width = max(layer.inputs for layer, _, _ in learned.layers.values())
     assert calibrated["calibrate"] - table.base_bytes > 8 * width**2
-    assert calibrated["calibrate"] - needed(table, program, part, learned, 1, 9)["calibrate"] > 63 * 4 * width
+    assert calibrated["calibrate"] - needed(table, program, some, learned, 1, 9)["calibrate"] > 63 * 4 * width
     check_memory(whole, None)
     check_memory(whole, max(whole.values()))
     with pytest.raises(
@@ -102,3 +105,17 @@ def test_the_command_refuses_before_it_starts(tmp_path: Path) -> None:
     assert "--max-memory 0.49 GiB is not enough: verify will take about" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_computed_and_the_largest_weight() -> None:
+    """Of the tiny MobileVLM: its tower's pictures, twice the decoder's caches, and a table that is copied or coded."""
+    program = tiny_program("tiny")
+    decoder = part(program, ["text_decoder"])
+    caches = sum(4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state)
+    assert 2 * caches < computed_bytes(decoder) < 2 * caches + (1 << 20)
+    assert computed_bytes(program) == max(computed_bytes(part(program, [name])) for name in program)
+    table = load_target("onnxruntime").capabilities
+    plain, coded = (resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-fast"))
+    most = max(fake.numel() for traced in program.methods.values() for fake in traced.exported.state_dict.values())
+    assert largest_bytes(program, plain) == 6 * most
+    assert largest_bytes(program, coded) <= 3.5 * most

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from graphs import repeat
 from graphs.model import Request, load_model
 from graphs.program import Program
+from graphs.shorten import operators as operators_of
+from graphs.shorten import superfluous
 from graphs.stack import stacked
 from graphs.trace import trace
 from runtimes.eager import EagerRuntime
@@ -89,3 +93,25 @@ def test_layers_of_other_shapes_are_no_stack() -> None:
     module = Numbered(lies=True)
     module.layers[3] = nn.Linear(4, 4, bias=False)
     assert repeat.stacks(module) == []
+
+
+@pytest.mark.parametrize("model", ["qwen2_vl", "internvl2_5", "pixtral", "kosmos2", "blip2"])
+def test_stacks_of_other_families(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Five layers of each are the five that all of them traced give, and one of them is run to check."""
+    tiny = load_model(Request(model, "tiny")).architecture
+    deep = replace(tiny, **{part: replace(getattr(tiny, part), num_hidden_layers=5) for part in ("vision", "text")})
+    grown = trace(deep, {})
+    monkeypatch.setattr(repeat, "TRACED", 1 << 20)
+    whole = trace(deep, {})
+    left = superfluous(grown)
+    assert left == superfluous(whole)
+    assert all(len(left[method]) >= 3 for method in ("vision_encoder", "text_decoder"))
+    for method in whole:
+        counts = [
+            {name: count for name, count in operators_of(program, method).items() if name.startswith("aten.")}
+            for program in (grown, whole)  # sizes may be computed once more
+        ]
+        assert counts[0] == counts[1]
+        assert len(grown.methods[method].exported.state_dict) == len(whole.methods[method].exported.state_dict)
+        kinds = [[layer.kind for layer in stacked(p.methods[method].exported.graph)] for p in (grown, whole)]
+        assert kinds[0] == kinds[1]

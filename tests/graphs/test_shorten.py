@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from graphs.model import Request, load_model
-from graphs.program import Program
+from graphs.program import Program, Signature
 from graphs.shorten import operators, shorten, superfluous
+from graphs.spec import TensorSpec
 from graphs.trace import trace
 from quant.apply import Quantization
 from quant.recipe import Recipe, Rule
 from quant.resolve import resolve
 from runtimes.eager import EagerRuntime
+from tests.tiny import toy_program
 
 
 @cache
@@ -82,3 +84,44 @@ def test_layers_in_other_numbers_are_of_another_kind() -> None:
 def test_a_layer_that_cannot_be_left_out_is_named() -> None:
     with pytest.raises(KeyError, match=r"layers\.9"):
         shorten(nano()[1], {"text_decoder": ("layers.9",)})
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.mlp(x))
+
+
+class Staged(nn.Module):
+    """Two stages, no two of whose modules are alike, each a stack of three blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(*(Block(width) for _ in range(3))) for width in (8, 16))
+        self.widen = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.stages
+        return second(self.widen(first(x)))
+
+
+def test_stacks_within_stages() -> None:
+    shape, out = TensorSpec("x", (1, 3, 8)), TensorSpec("y", (1, 3, 16))
+    program = toy_program("net", Staged, Signature((shape,), (out,)))
+    left = superfluous(program)
+    assert left == {"net": ("stages.0.0", "stages.0.2", "stages.1.0", "stages.1.2")}
+    short = shorten(program, left)
+    module = Staged()
+    module.load_state_dict({name: program.tensor("net", name) for name in module.state_dict()})
+    for stage in module.stages:
+        kept = stage[1]
+        stage._modules.clear()
+        stage._modules["1"] = kept
+    given = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    (mine,) = EagerRuntime(short).call("net", [given.numpy()])
+    assert torch.allclose(torch.from_numpy(mine), module(given), atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,3 +36,10 @@ def test_calls_of_a_stateful_method_follow_one_another() -> None:
 def test_lengths_are_clipped_to_the_bounds() -> None:
     (call,) = Method("m", nn.Identity(), (IDS,), ()).examples(lengths=(99,))
     assert call[0].shape == (1, 10)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(32, 12), (448, 3), (2048, 3), (336, 5)])
+def test_examples_hold_few_large_pictures(side: int, expected: int) -> None:
+    tiles = TensorSpec("pixel_values", (Dim("tiles", 1, 40), 3, side, side), torch.uint8, "pixels")
+    assert Method("m", nn.Identity(), (tiles,), ()).example_length == expected
+    assert Method("m", nn.Identity(), (IDS, PIXELS), ()).example_length == 12  # one picture, whatever its size

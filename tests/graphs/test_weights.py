@@ -165,6 +165,24 @@ def test_reading_a_large_checkpoint_stays_small(tmp_path: Path) -> None:
     assert int(grown) < 80
 
 
+def test_large_tensors_are_looked_through_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in the last part is found; first rows are read and looked through alone; the mapped file is let go of."""
+    tensor = torch.ones(100, 3)
+    tensor[99, 2] = torch.nan
+    weights = Weights(
+        checkpoint(tmp_path, {"w": tensor, "fine": torch.ones(100, 3)}), {n: Source(n) for n in ("w", "fine")}
+    )
+    released = []
+    monkeypatch.setattr(weights, "release", released.append)
+    monkeypatch.setattr("graphs.weights.PART", 30)
+    with pytest.raises(UserError, match="tensor 'w' holds NaN or Inf"):
+        weights.stored("w")
+    assert released == ["w"] * 9
+    assert torch.equal(weights.stored("w", 99), tensor[:99])
+    assert torch.equal(weights.stored("fine"), torch.ones(100, 3))
+    assert released.count("fine") == 10
+
+
 class Block(nn.Module):
     """One of each kind of parameter that random weights tell apart."""
 
