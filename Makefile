@@ -53,6 +53,9 @@ agreement: $(READY) ## greedy answers of every runtime against eager on held-out
 matrix: $(READY_DEV) ## every model up the ladder, every target, into docs/matrix.* (hours; RESUME=1 goes on, MODELS="a b" only these)
 	@$(BIN)/python -m export.matrix $(if $(MODELS),--models $(MODELS)) $(call flag,MINUTES,minutes) $(if $(RESUME),--resume)
 
+published: $(READY) ## every architecture at a published size, seconds and memory, into docs/benchmarks/published.* (an hour; RESUME=1 goes on)
+	@$(BIN)/python -m export.published $(if $(MODELS),--models $(MODELS)) $(if $(RESUME),--resume)
+
 frontier: $(READY) ## accuracy against latency of passes x recipes x targets, into docs/frontier.* (RESUME=1 goes on)
 	@$(BIN)/python -m export.frontier $(call flag,COUNT,count) $(call flag,MINUTES,minutes) $(if $(RESUME),--resume)
 
@@ -93,4 +96,4 @@ $(READY_PEERS): peers/requirements.lock $(READY_DEV)
 	    --disable-pip-version-check --no-deps "$$package" || { missing=1; echo "vlmx: $$package is not installed" >&2; }; \
 	done; [ "$$missing" ] || touch $@
 
-.PHONY: help export test lint doctor zoo evaluate agreement matrix frontier bench-gpu bench-peers clean
+.PHONY: help export test lint doctor zoo evaluate agreement matrix published frontier bench-gpu bench-peers clean

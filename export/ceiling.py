@@ -135,10 +135,16 @@ def check_memory(stages: Mapping[str, int], ceiling: int | None) -> None:
     stage = max(stages, key=stages.__getitem__)
     if ceiling is not None and stages[stage] > ceiling:
         raise UserError(
-            f"--max-memory {size(ceiling)} is not enough: {stage} will take about {size(stages[stage])}"
+            f"--max-memory {size(ceiling)} is not enough: {largest(stages)}"
             + ("; --verify sample takes less" if stage == "verify" else "")
             + ("; a recipe without calibration takes less" if stage == "calibrate" else "")
         )
+
+
+def largest(stages: Mapping[str, int]) -> str:
+    """In words, which stage takes most, and how much."""
+    stage = max(stages, key=stages.__getitem__)
+    return f"{stage} will take about {size(stages[stage])}"
 
 
 def size(count: int) -> str:

@@ -26,6 +26,7 @@ from export.frontier_goals import REFERENCE, Row
 from export.frontier_page import page, picture
 from export.frontier_rows import REQUEST, TIMED, Cell, Measurer, Setting
 from export.frontier_times import NEW_TOKENS, PROMPT_TOKENS, REPEAT, ROUNDS
+from export.machine import processor
 from export.stages import Progress, to_stderr
 from graphs.compress.base import parse, write
 from graphs.compress.passes.prune import RULES
@@ -164,15 +165,6 @@ def describe(row: Row) -> str:
     return f"{100 * row['accuracy']['all']:.1f}% right, {row['tokens']} visual tokens"
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def facts(setting: Setting, targets: Sequence[str]) -> Row:
     """Where, when and with what a run was made."""
     libraries = ("torch", *(LIBRARIES[name][1] for name in targets))
@@ -183,7 +175,7 @@ def facts(setting: Setting, targets: Sequence[str]) -> Row:
         "new_tokens": NEW_TOKENS,
         "repeat": REPEAT,
         "rounds": ROUNDS,
-        "processor": processor(),
+        "processor": processor()["name"],
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},

@@ -102,3 +102,8 @@ def peak_rss_bytes() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def mebibytes(count: int) -> str:
+    """A size in a table."""
+    return f"{count / 2**20:,.0f}".replace(",", " ")

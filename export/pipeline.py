@@ -17,7 +17,7 @@ import torch
 from calibration.source import SUFFIX, Calibration
 from calibration.statistics import Statistics
 from export.bundle import check_destination, left_behind, staged, write_manifest
-from export.ceiling import check_memory, needed
+from export.ceiling import check_memory, largest, needed
 from export.content import Content
 from export.gate import Limit, execute, quantized, words
 from export.memory import keep_temporaries, rare_collections, reclaim
@@ -224,7 +224,9 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             if options.max_memory is not None:
                 checked = Sample.choose(source, compressed, options.verify).of(compressed)
                 size = options.calibration.collected, job.tokens["after"] or 0
-                check_memory(needed(table, compressed, checked, resolved, *size), options.max_memory)
+                stages.estimated = needed(table, compressed, checked, resolved, *size)
+                check_memory(stages.estimated, options.max_memory)
+                say(f"memory: {largest(stages.estimated)}")
         if resolved.needs_statistics:
             origin["statistics"] = content.statistics(options.calibration, resolved.needs_hessians)
         if again and recorded == {**origin, "weights": content.of_weights()} and whole(out):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,11 +26,12 @@ def silent(line: str) -> None:
 
 @dataclass
 class Stages:
-    """Runs named stages in order; `records` is what the manifest keeps of them."""
+    """Runs named stages in order; `records` is what the manifest keeps of them, with what was `estimated` of peaks."""
 
     progress: Progress
     names: tuple[str, ...]
     records: list[dict[str, Any]] = field(default_factory=list)
+    estimated: Mapping[str, int] = field(default_factory=dict)  # bytes, by stage
 
     @contextmanager
     def __call__(self, name: str, what: str = "") -> Iterator[Progress]:
@@ -43,5 +44,7 @@ class Stages:
         start = time.perf_counter()
         yield lambda line: self.progress(f"      {line}")
         seconds, peak = time.perf_counter() - start, peak_rss_bytes()
-        self.records.append({"name": name, "seconds": round(seconds, 3), "peak_rss_bytes": peak})
+        record = {"name": name, "seconds": round(seconds, 3), "peak_rss_bytes": peak}
+        estimated = {"estimated_rss_bytes": self.estimated[name]} if name in self.estimated else {}
+        self.records.append(record | estimated)
         self.progress(f"      {seconds:.1f} s, peak memory {peak / 2**20:.0f} MiB")

@@ -14,6 +14,7 @@ from graphs import registry
 from graphs.config import ConfigReader
 from graphs.errors import UserError, nearest
 from graphs.files import read_optional_json
+from graphs.sources import Source
 from graphs.spec import Architecture
 from graphs.trace import build_fake
 from graphs.weights import Checkpoint, RandomWeights, Weights, resolve_checkpoint
@@ -31,6 +32,10 @@ COMPANIONS = (
     "tokenizer.model",
     "tokenizer_config.json",
 )
+
+#: what config.json of a checkpoint of ours says in place of a configuration: the variant, whose parameters go by the
+#: names that they have here
+OWN_LAYOUT = "vlmx_variant"
 
 #: directories of a checkpoint that may hold some of those again: tokenizers of a second vocabulary
 SECOND = ("qformer_tokenizer",)
@@ -116,6 +121,13 @@ def load_model(request: Request) -> Model:
         return Model(request, variant.name, architecture, weights, None)
     directory = locate(request.checkpoint, request.allow_pickle)
     checkpoint = Checkpoint.open(directory, allow_pickle=request.allow_pickle, allow_nan=request.allow_nan)
+    if OWN_LAYOUT in checkpoint.config:
+        named = registry.variant(request.model, str(checkpoint.config[OWN_LAYOUT]))
+        architecture = bounded(named.architecture, request)
+        shapes = parameter_shapes(architecture)
+        found = Weights(checkpoint, {name: Source(name) for name in shapes})
+        found.check(shapes)
+        return Model(request, directory.resolve().name, architecture, found, directory)
     preprocessor = read_preprocessor(directory)
     architecture = registry.architecture(request.model).from_config(checkpoint.config, preprocessor)
     architecture = bounded(architecture, request)

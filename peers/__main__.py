@@ -15,16 +15,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from export.machine import described
 from peers.contenders import ARTEFACTS, CONTENDERS, Contender
 from peers.goals import Goal, judged
 from peers.load import THREADS
-from peers.machine import described
 from peers.make import Made, Workshop
 from peers.page import page
 from peers.picture import picture
 from peers.process import Failed, Process
 from peers.rounds import ROUNDS, Result, alternate
 from peers.rows import accuracy, row
+
+#: distributions whose versions stand beside the numbers
+PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "executorch",
+    "torchao",
+    "llama-cpp-python",
+    "gguf",
+    "transformers",
+    "numpy",
+)
 
 
 def to_stderr(start: float) -> Callable[[str], None]:
@@ -114,7 +127,7 @@ def bench(workshop: Workshop, chosen: Sequence[Contender], rounds: int) -> dict[
     ]
     return {
         "schema": 1,
-        "machine": described(),
+        "machine": described(PACKAGES),
         "load_average": {when: round(value, 2) for when, value in loads.items()},
         "rounds": rounds,
         "rows": rows,

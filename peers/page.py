@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from export.memory import mebibytes
 from peers.goals import LLAMA, Goal, Row, named
 from peers.load import CONTEXT, DECODE, PREFILL, THREADS, WORDS
 
@@ -33,9 +34,9 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, rule, *lines)]
 
 
-def mebibytes(count: int | None) -> str:
+def sized(count: int | None) -> str:
     """A size in words."""
-    return "-" if count is None else f"{count / 2**20:,.0f}".replace(",", " ")
+    return "-" if count is None else mebibytes(count)
 
 
 def run_tables(rows: Sequence[Row]) -> list[str]:
@@ -44,7 +45,7 @@ def run_tables(rows: Sequence[Row]) -> list[str]:
     ran = [row for row in rows if row["medians"]]
     times = [[row["name"], *(time(row, measure, peer) for measure, _ in TIMES)] for row in ran]
     sizes = [
-        [row["name"], mebibytes(row["peak_rss_bytes"]), mebibytes(row["file_bytes"]), f"{row['load_seconds']:.1f}"]
+        [row["name"], sized(row["peak_rss_bytes"]), sized(row["file_bytes"]), f"{row['load_seconds']:.1f}"]
         for row in ran
     ]
     exact = [
@@ -84,7 +85,7 @@ def making_table(rows: Sequence[Row]) -> list[str]:
         [
             row["name"],
             f"{made['seconds']:.1f}",
-            *(mebibytes(count) for count in (made["peak_rss_bytes"], row["file_bytes"])),
+            *(sized(count) for count in (made["peak_rss_bytes"], row["file_bytes"])),
             ", ".join(made["artefacts"]),
         ]
         for row in rows

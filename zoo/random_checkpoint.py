@@ -1,9 +1,11 @@
-"""Random weights of a published size in its public layout: a load for exports, where the real weights are not at hand.
+"""Random weights of a published size: a load for exports, where the real weights are not at hand.
 
     python -m zoo.random_checkpoint mobilevlm --variant mobilevlm-1.7b --out DIR
 
-The shards hold float16 tensors under the published names, the tower's layers that the model never runs among them;
-each is drawn from the seed and its name alone (`graphs.weights.RandomWeights`) and written before the next is drawn.
+The shards hold float16 tensors, each drawn from the seed and its name alone (`graphs.weights.RandomWeights`) and
+written before the next is drawn. MobileVLM's and LLaVA's are in the public layout, the tower's layers that the model
+never runs among them; those of other models go by the names that parameters have here, and their config.json names the
+variant.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from torch import Tensor
 
 from graphs import registry
 from graphs.components.vision.clip import ClipVisionConfig
-from graphs.errors import UserError, nearest
-from graphs.model import parameter_shapes
-from graphs.spec import Architecture
+from graphs.errors import UserError
+from graphs.model import OWN_LAYOUT, parameter_shapes
+from graphs.spec import Variant
 from graphs.weights import RandomWeights, write_safetensors
 
 #: of one shard, before the next begins
@@ -131,21 +133,18 @@ class Drawn(Mapping[str, Tensor]):
         return torch.empty(self.weights.shape(name), dtype=self.weights.dtype, device="meta")
 
 
-def write(out: Path, architecture: Architecture, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """The checkpoint's directory, of which memory holds one tensor at a time; the files of weights.
-
-    Raises UserError for a model whose public layout is not known here.
-    """
-    if architecture.name not in LAYOUTS:
-        raise UserError(
-            f"no public layout of {architecture.name} is written here: {nearest(architecture.name, LAYOUTS)}"
-        )
-    config, tower = LAYOUTS[architecture.name]
-    shapes = {architecture.source(name).keys[0]: shape for name, shape in parameter_shapes(architecture).items()}
-    shapes |= unused(shapes, tower, architecture.vision)  # type: ignore[attr-defined]
+def write(out: Path, variant: Variant, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """The checkpoint's directory, of which memory holds one tensor at a time; the files of weights."""
+    architecture = variant.architecture
+    shapes = dict(parameter_shapes(architecture))
+    document: dict[str, Any] = {OWN_LAYOUT: variant.name}
+    if architecture.name in LAYOUTS:
+        config, tower = LAYOUTS[architecture.name]
+        document = config(architecture)
+        shapes = {architecture.source(name).keys[0]: shape for name, shape in shapes.items()}
+        shapes |= unused(shapes, tower, architecture.vision)  # type: ignore[attr-defined]
     out.mkdir(parents=True, exist_ok=True)
-    document = {**config(architecture), "torch_dtype": "float16"}
-    (out / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps({**document, "torch_dtype": "float16"}, indent=2) + "\n")
     drawn = Drawn(RandomWeights(seed, shapes, torch.float16))
     return write_safetensors(out / "model.safetensors", drawn, shard_bytes, blank=drawn.blank)
 
@@ -153,13 +152,13 @@ def write(out: Path, architecture: Architecture, seed: int = 0, shard_bytes: int
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=f"one of {', '.join(LAYOUTS)}")
+    parser.add_argument("model", help="see `vlmx list models`")
     parser.add_argument("--variant", required=True, help="a published size, or `tiny` (see `vlmx list models`)")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        files = write(options.out, registry.variant(options.model, options.variant).architecture, options.seed)
+        files = write(options.out, registry.variant(options.model, options.variant), options.seed)
     except UserError as error:
         parser.exit(2, f"zoo.random_checkpoint: error: {error}\n")
     print(f"{options.out}: {len(files)} files, {sum(file.stat().st_size for file in files) / 2**30:.2f} GiB")

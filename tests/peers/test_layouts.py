@@ -20,7 +20,7 @@ from zoo.random_checkpoint import write as write_random
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     directory = tmp_path_factory.mktemp("checkpoint")
-    write_random(directory, registry.variant("mobilevlm", "tiny").architecture, shard_bytes=1 << 17)
+    write_random(directory, registry.variant("mobilevlm", "tiny"), shard_bytes=1 << 17)
     return Checkpoint(directory)
 
 

@@ -24,8 +24,9 @@ from zoo.random_checkpoint import write
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with room for the prompt, its float32 bundle, and the reference."""
     directory = tmp_path_factory.mktemp("ours")
-    tiny = registry.variant("mobilevlm", "tiny").architecture
-    write(directory / "checkpoint", replace(tiny, text=replace(tiny.text, max_position_embeddings=CONTEXT)))  # type: ignore[attr-defined, type-var]
+    tiny = registry.variant("mobilevlm", "tiny")
+    text = replace(tiny.architecture.text, max_position_embeddings=CONTEXT)  # type: ignore[attr-defined]
+    write(directory / "checkpoint", replace(tiny, architecture=replace(tiny.architecture, text=text)))  # type: ignore[call-arg]
     request = Request("mobilevlm", checkpoint=str(directory / "checkpoint"), max_context=CONTEXT)
     export(ExportOptions(request, "onnxruntime", "reference-fp32", out=directory / "made/bundle"), silent)
     (directory / "reference").mkdir()

@@ -17,7 +17,7 @@ from zoo.random_checkpoint import write
 @pytest.mark.parametrize(("model", "size"), [("mobilevlm", "tiny"), ("mobilevlm", "tiny-v2"), ("llava_1_5", "tiny")])
 def test_it_loads_as_what_was_asked_for(model: str, size: str, tmp_path: Path) -> None:
     wanted = variant(model, size).architecture
-    files = write(tmp_path / "a", wanted, shard_bytes=200_000)
+    files = write(tmp_path / "a", variant(model, size), shard_bytes=200_000)
     assert len(files) > 1
     assert (tmp_path / "a" / "model.safetensors.index.json").is_file()
     loaded = load_model(Request(model, checkpoint=str(tmp_path / "a")))
@@ -35,11 +35,20 @@ def test_it_loads_as_what_was_asked_for(model: str, size: str, tmp_path: Path) -
 
 
 def test_the_seed_and_the_name_decide(tmp_path: Path) -> None:
-    wanted = variant("mobilevlm", "tiny").architecture
+    wanted = variant("mobilevlm", "tiny")
     first, again, other = (write(tmp_path / name, wanted, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert first[0].read_bytes() == again[0].read_bytes() != other[0].read_bytes()
 
 
-def test_other_layouts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no public layout of clip is written here"):
-        write(tmp_path / "x", variant("clip", "tiny").architecture)
+def test_other_models_go_by_our_names(tmp_path: Path) -> None:
+    write(tmp_path / "x", variant("qwen2_vl", "tiny"))
+    loaded = load_model(Request("qwen2_vl", checkpoint=str(tmp_path / "x"), max_context=64))
+    drawn = load_model(Request("qwen2_vl", "tiny", max_context=64))
+    assert loaded.architecture == drawn.architecture
+    assert loaded.weights.keys() == drawn.weights.keys()
+    assert all(torch.equal(loaded.weights[name], drawn.weights[name].half().float()) for name in drawn.weights)
+    with pytest.raises(UserError, match="missing"):
+        load_model(Request("florence2", checkpoint=str(tmp_path / "x")))
+    (tmp_path / "x" / "config.json").write_text('{"vlmx_variant": "tinier"}')
+    with pytest.raises(UserError, match="unknown variant 'tinier' of qwen2_vl"):
+        load_model(Request("qwen2_vl", checkpoint=str(tmp_path / "x")))

@@ -5,46 +5,38 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-#: distributions whose versions stand beside the numbers
-PACKAGES = (
-    "torch",
-    "onnxruntime",
-    "onnxruntime-genai",
-    "executorch",
-    "torchao",
-    "llama-cpp-python",
-    "gguf",
-    "transformers",
-    "numpy",
-)
 
 #: what kernels choose by
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 
 
 def processor() -> dict[str, Any]:
-    """Its name, cores and the features that matter (Linux)."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    """Its name, cores and the features that matter, as far as the system tells (Linux)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    lines = [line.partition(":") for line in text.splitlines()]
     first: dict[str, str] = {}
     for key, _, text in lines:
         first.setdefault(key.strip(), text.strip())
     flags = (first.get("flags") or first.get("Features") or "").split()
     return {
         "name": first.get("model name", platform.machine()),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "features": [feature for feature in FEATURES if feature in flags],
     }
 
 
-def packages() -> dict[str, str | None]:
+def packages(names: Iterable[str]) -> dict[str, str | None]:
     """Versions; None for what is not installed."""
     found: dict[str, str | None] = {}
-    for package in PACKAGES:
+    for package in names:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -58,8 +50,8 @@ def commit() -> str | None:
     return asked.stdout.strip() or None
 
 
-def described() -> dict[str, Any]:
-    """For the JSON document."""
+def described(names: Iterable[str]) -> dict[str, Any]:
+    """For a JSON document: the machine, and the versions of some packages."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -67,6 +59,6 @@ def described() -> dict[str, Any]:
         "memory_bytes": memory,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": packages(),
+        "packages": packages(names),
         "commit": commit(),
     }
