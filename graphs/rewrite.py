@@ -46,7 +46,8 @@ class Opened:
         exported = program.methods[method].exported
         module = exported.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        mode = next(t.fake_mode for t in exported.state_dict.values() if isinstance(t, FakeTensor))
+        values = [*exported.state_dict.values(), *(node.meta.get("val") for node in exported.graph.nodes)]
+        mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
         return cls(program, method, module, mode)
 
     @property
