@@ -59,14 +59,6 @@ def extent(dimension: int | torch.SymInt, length: int = 0) -> int:
     return int(node.expr.subs({symbol: max(b.lower, min(b.upper, length)) for symbol, b in bounds.items()}))
 
 
-def score_bytes(node: fx.Node, length: int) -> int:
-    """What attention computes besides its output where it is not one operator: scores and their softmax."""
-    if node.target is not aten.scaled_dot_product_attention.default:
-        return 0
-    query, key = (read.meta["val"].shape for read in node.all_input_nodes[:2])
-    return 2 * 4 * math.prod(extent(s, length) for s in (*query[:-1], key[-2]))
-
-
 def write_early(graph: fx.Graph) -> None:
     """Move the writing of state to where its new value is made, and reading of weights to where they are first used."""
     for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
@@ -158,14 +150,6 @@ class Sweep(fx.Interpreter):
         """The most that one call, with dynamic dimensions of a length, is between two stretches."""
         living = self.living(length)
         return max(living[end - 1] for end in accumulate(map(len, self.stretches)))
-
-    def computed_bytes(self, length: int) -> int:
-        """The most that one call, with dynamic dimensions of a length, is besides weights and state."""
-        before = [0, *self.living(length)]
-        made = (
-            score_bytes(n, length) + (0 if n.op == "get_attr" else size(n.meta.get("val"), length)) for n in self.nodes
-        )
-        return max(held + new for held, new in zip(before, made, strict=False))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A weight, read once a stretch, or state, which begins as zeros."""

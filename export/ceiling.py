@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from calibration.collect import METHODS, ROWS
 from calibration.moments import MODALITIES
 from calibration.observe import Observer
-from calibration.sweep import Sweep
-from export.memory import resident_bytes
+from calibration.sweep import size as size_of
+from export.memory import KEPT_BYTES, resident_bytes
 from export.sample import float32_bytes
 from export.stability import part
 from export.targets.base import Capabilities
@@ -28,15 +28,15 @@ from graphs.errors import UserError
 from graphs.program import Program
 from quant.resolve import Resolved
 
-#: bytes of memory for each byte of float32 weights that are run to check a lowered graph: they, and temporaries
-RUN = 1.3
+#: what torch takes to run a part besides weights and state, in its largest value: what is read, given and in between
+VALUES = 3
 
-#: and for each byte that is computed: what runs a lowered graph keeps the blocks that it has used
-COMPUTED = 1.5
+#: bytes of memory for each byte of weights that a target's runtime has loaded
+LOADED = 1.15
 
 #: bytes of memory for each number of a weight that is written: quantized, its integers, what is packed of them and
 #: scales; else a copy in float32 and the checkpoint's pages
-CODED, COPIED = 3.5, 6.0
+CODED, COPIED = 3.7, 6.0
 
 #: bytes of memory for each byte that calibration holds: the heap keeps gaps between what stays
 COLLECTED = 1.6
@@ -85,15 +85,16 @@ def collected_bytes(program: Program, resolved: Resolved, samples: int, tokens: 
     return found + float32_bytes(part(program, {EMBEDDING} & set(program)))  # which is called all along
 
 
-def computed_bytes(program: Program) -> int:
-    """What one call of a method on an example is at most besides its weights, state counted twice."""
-
-    def of(method: str) -> int:
-        signature = program.methods[method].signature
-        state = sum(math.prod(spec.size({})) * 4 for spec in signature.state)
-        return 2 * state + Sweep(program, method).computed_bytes(signature.method(method).example_length)
-
-    return max(map(of, program))
+def widest(program: Program) -> tuple[int, int]:
+    """Bytes of the largest value that a method computes of an example, and of the largest state of one."""
+    value = state = 0
+    for traced in program.methods.values():
+        signature = traced.signature
+        length = signature.method("checked").example_length
+        state = max(state, sum(math.prod(spec.size({})) * spec.dtype.itemsize for spec in signature.state))
+        made = (node.meta.get("val") for node in traced.exported.graph.nodes if node.op == "call_function")
+        value = max(value, *(size_of(each, length) for each in made))
+    return value, state
 
 
 def largest_bytes(program: Program, resolved: Resolved) -> int:
@@ -118,7 +119,9 @@ def needed(
 
     `samples`: how many are calibrated with, `tokens`: those of a picture.
     """
-    run = int(RUN * float32_bytes(checked) + COMPUTED * computed_bytes(checked))
+    value, state = widest(checked)
+    by_torch = float32_bytes(checked) + KEPT_BYTES + VALUES * value + state
+    run = int(max(by_torch, LOADED * resolved.weight_bytes(checked) + table.values * value + 3 * state))
     held = int(table.held * resolved.weight_bytes(whole))
     stages = {
         "verify": table.base_bytes + run,

@@ -29,6 +29,7 @@ class Capabilities:
     native: frozenset[str] = frozenset()  # floats that the target's own converter casts a float32 program to
     gates: Mapping[str, float] = field(default_factory=dict)  # of its own for some floats, where above `LIMITS`
     base_bytes: int = 600 << 20  # resident memory of an export of next to nothing
+    values: float = 13.0  # what running a method takes, in its largest value: blocks that were used are kept
     held: float = 0.0  # bytes of memory that lowering takes for each byte of packed weights
 
     def limit(self, floats: str, quantized: bool) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from calibration import sweep
-from export.ceiling import NEARLY, check_memory, computed_bytes, largest_bytes, needed, parse_bytes, watched
+from export.ceiling import NEARLY, check_memory, largest_bytes, needed, parse_bytes, watched, widest
 from export.memory import resident_bytes
 from export.sample import Sample, float32_bytes
 from export.stability import part
@@ -47,8 +47,9 @@ def test_stages_and_their_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     some = Sample.choose(program, program, "sample").of(program)
     sampled, whole = (needed(table, program, checked, plain, 64, 9) for checked in (some, program))
     assert set(sampled) == {"verify", "lower"}
-    computed = 1.5 * computed_bytes(some)
-    assert sampled["verify"] - table.base_bytes == pytest.approx(1.3 * float32_bytes(some) + computed, abs=1)
+    value, state = widest(some)
+    by_torch = float32_bytes(some) + (64 << 20) + 3 * value + state
+    assert sampled["verify"] - table.base_bytes == by_torch > 1.15 * plain.weight_bytes(some) + 13 * value
     assert sampled["verify"] < whole["verify"]
     monkeypatch.setattr(sweep, "LEAST_BYTES", 1)  # else it is one stretch, and samples pass nothing on
     monkeypatch.setattr(sweep, "MOST_BYTES", 1)
@@ -64,7 +65,7 @@ def test_stages_and_their_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         check_memory(whole, 100 << 20)
     with pytest.raises(UserError, match=r"calibrate will take about .* a recipe without calibration"):
-        check_memory(calibrated, 100 << 20)
+        check_memory({**sampled, "calibrate": 2 * sampled["lower"]}, 100 << 20)
 
 
 def test_every_target_says_what_it_takes() -> None:
@@ -107,15 +108,16 @@ def test_the_command_refuses_before_it_starts(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_computed_and_the_largest_weight() -> None:
-    """Of the tiny MobileVLM: its tower's pictures, twice the decoder's caches, and a table that is copied or coded."""
+def test_the_largest_value_and_the_largest_weight() -> None:
     program = tiny_program("tiny")
     decoder = part(program, ["text_decoder"])
-    caches = sum(4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state)
-    assert 2 * caches < computed_bytes(decoder) < 2 * caches + (1 << 20)
-    assert computed_bytes(program) == max(computed_bytes(part(program, [name])) for name in program)
+    value, state = widest(decoder)
+    assert state == sum(4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state)
+    caches = {4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state}
+    assert {2 * size for size in caches} == {value}  # repeated for two heads each: nothing of twelve tokens is larger
+    assert widest(program)[0] == max(widest(part(program, [name]))[0] for name in program)
     table = load_target("onnxruntime").capabilities
     plain, coded = (resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-fast"))
     most = max(fake.numel() for traced in program.methods.values() for fake in traced.exported.state_dict.values())
     assert largest_bytes(program, plain) == 6 * most
-    assert largest_bytes(program, coded) <= 3.5 * most
+    assert most < largest_bytes(program, coded) <= int(3.7 * most)
