@@ -14,10 +14,14 @@ import threading
 from _thread import interrupt_main
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
 
 from calibration.collect import METHODS, ROWS
 from calibration.moments import MODALITIES
 from calibration.observe import Observer
+from calibration.sweep import extent
 from calibration.sweep import size as size_of
 from export.memory import KEPT_BYTES, resident_bytes
 from export.sample import float32_bytes
@@ -31,8 +35,11 @@ from quant.resolve import Resolved
 #: what torch takes to run a part besides weights and state, in its largest value: what is read, given and in between
 VALUES = 3
 
-#: bytes of memory for each byte of weights that a target's runtime has loaded
-LOADED = 1.15
+#: bytes of memory for each byte of weights that a target's runtime has loaded, and of attention's scores there, which
+#: torch has some of at a time
+LOADED, SCORES = 1.15, 3
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 #: bytes of memory for each number of a weight that is written: quantized, its integers, what is packed of them and
 #: scales; else a copy in float32 and the checkpoint's pages
@@ -85,16 +92,29 @@ def collected_bytes(program: Program, resolved: Resolved, samples: int, tokens: 
     return found + float32_bytes(part(program, {EMBEDDING} & set(program)))  # which is called all along
 
 
-def widest(program: Program) -> tuple[int, int]:
-    """Bytes of the largest value that a method computes of an example, and of the largest state of one."""
-    value = state = 0
-    for traced in program.methods.values():
-        signature = traced.signature
-        length = signature.method("checked").example_length
-        state = max(state, sum(math.prod(spec.size({})) * spec.dtype.itemsize for spec in signature.state))
-        made = (node.meta.get("val") for node in traced.exported.graph.nodes if node.op == "call_function")
-        value = max(value, *(size_of(each, length) for each in made))
-    return value, state
+@dataclass(frozen=True)
+class Widest:
+    """Bytes of the largest value that a method computes of an example, of attention's scores, and of the state."""
+
+    value: int
+    scores: int
+    state: int
+
+    @classmethod
+    def of(cls, program: Program) -> Widest:
+        """Over all methods."""
+        value = scores = state = 0
+        for traced in program.methods.values():
+            signature = traced.signature
+            length = signature.method("checked").example_length
+            state = max(state, sum(math.prod(spec.size({})) * spec.dtype.itemsize for spec in signature.state))
+            for node in traced.exported.graph.nodes:
+                if node.op == "call_function":
+                    value = max(value, size_of(node.meta.get("val"), length))
+                if node.target is ATTENTION:
+                    query, key = (read.meta["val"].shape for read in node.all_input_nodes[:2])
+                    scores = max(scores, 4 * math.prod(extent(side, length) for side in (*query[:-1], key[-2])))
+        return cls(value, scores, state)
 
 
 def largest_bytes(program: Program, resolved: Resolved) -> int:
@@ -119,9 +139,11 @@ def needed(
 
     `samples`: how many are calibrated with, `tokens`: those of a picture.
     """
-    value, state = widest(checked)
-    by_torch = float32_bytes(checked) + KEPT_BYTES + VALUES * value + state
-    run = int(max(by_torch, LOADED * resolved.weight_bytes(checked) + table.values * value + 3 * state))
+    widest = Widest.of(checked)
+    values = VALUES * widest.value
+    by_torch = float32_bytes(checked) + KEPT_BYTES + values + widest.state
+    computed = max(table.values * widest.value, values + SCORES * widest.scores) + 3 * widest.state
+    run = int(max(by_torch, LOADED * resolved.weight_bytes(checked) + computed))
     held = int(table.held * resolved.weight_bytes(whole))
     stages = {
         "verify": table.base_bytes + run,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from calibration import sweep
-from export.ceiling import NEARLY, check_memory, largest_bytes, needed, parse_bytes, watched, widest
+from export.ceiling import NEARLY, Widest, check_memory, largest_bytes, needed, parse_bytes, watched
 from export.memory import resident_bytes
 from export.sample import Sample, float32_bytes
 from export.stability import part
@@ -47,9 +47,9 @@ def test_stages_and_their_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     some = Sample.choose(program, program, "sample").of(program)
     sampled, whole = (needed(table, program, checked, plain, 64, 9) for checked in (some, program))
     assert set(sampled) == {"verify", "lower"}
-    value, state = widest(some)
-    by_torch = float32_bytes(some) + (64 << 20) + 3 * value + state
-    assert sampled["verify"] - table.base_bytes == by_torch > 1.15 * plain.weight_bytes(some) + 13 * value
+    found = Widest.of(some)
+    by_torch = float32_bytes(some) + (64 << 20) + 3 * found.value + found.state
+    assert sampled["verify"] - table.base_bytes == by_torch > 1.15 * plain.weight_bytes(some) + 13 * found.value
     assert sampled["verify"] < whole["verify"]
     monkeypatch.setattr(sweep, "LEAST_BYTES", 1)  # else it is one stretch, and samples pass nothing on
     monkeypatch.setattr(sweep, "MOST_BYTES", 1)
@@ -111,11 +111,14 @@ def test_the_command_refuses_before_it_starts(tmp_path: Path) -> None:
 def test_the_largest_value_and_the_largest_weight() -> None:
     program = tiny_program("tiny")
     decoder = part(program, ["text_decoder"])
-    value, state = widest(decoder)
-    assert state == sum(4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state)
+    found = Widest.of(decoder)
+    assert found.state == sum(4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state)
+    assert found.scores == 4 * 4 * 12 * 64  # heads, tokens, context
     caches = {4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state}
-    assert {2 * size for size in caches} == {value}  # repeated for two heads each: nothing of twelve tokens is larger
-    assert widest(program)[0] == max(widest(part(program, [name]))[0] for name in program)
+    assert {2 * size for size in caches} == {
+        found.value
+    }  # repeated for two heads each
+    assert Widest.of(program).value == max(Widest.of(part(program, [name])).value for name in program)
     table = load_target("onnxruntime").capabilities
     plain, coded = (resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-fast"))
     most = max(fake.numel() for traced in program.methods.values() for fake in traced.exported.state_dict.values())
