@@ -37,7 +37,7 @@ VALUES = 3
 
 #: bytes of memory for each byte of weights that a target's runtime has loaded, and of attention's scores there, which
 #: torch has some of at a time
-LOADED, SCORES = 1.15, 3
+LOADED, SCORES = 1.15, 3.3
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -73,15 +73,22 @@ def trace_module(module: nn.Module, inputs: tuple[TensorSpec, ...], mode: FakeTe
         fake = tuple(mode.from_tensor(tensor) for tensor in example)
         exported = torch.export.export(module, fake, dynamic_shapes=dynamic, strict=False)
         exported = exported.run_decompositions({})
-    drop_assertions(exported)
+    drop_nothings(exported)
     return exported
 
 
-def drop_assertions(exported: ExportedProgram) -> None:
-    """Remove the dtype assertions that tracing leaves behind each cast: they compute nothing and targets lack them."""
+def drop_nothings(exported: ExportedProgram) -> None:
+    """Remove what computes nothing and targets lack: dtype assertions behind casts, and aliases, as whole slices are.
+
+    An alias that leaves the graph stays.
+    """
     graph = exported.graph_module.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        if all(user.op == "call_function" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     exported.graph_module.recompile()
 
 

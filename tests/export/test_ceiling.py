@@ -115,9 +115,7 @@ def test_the_largest_value_and_the_largest_weight() -> None:
     assert found.state == sum(4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state)
     assert found.scores == 4 * 4 * 12 * 64  # heads, tokens, context
     caches = {4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state}
-    assert {2 * size for size in caches} == {
-        found.value
-    }  # repeated for two heads each
+    assert {2 * size for size in caches} == {found.value}  # repeated for two heads each
     assert Widest.of(program).value == max(Widest.of(part(program, [name])).value for name in program)
     table = load_target("onnxruntime").capabilities
     plain, coded = (resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-fast"))

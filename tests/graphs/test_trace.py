@@ -12,9 +12,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from graphs.architectures.mobilevlm import MobileVLM
 from graphs.model import Request, load_model
+from graphs.program import Signature
+from graphs.spec import TensorSpec
 from graphs.trace import count_parameters, trace
 from graphs.weights import ModuleWeights
 from tests.numbers import relative_l2
+from tests.tiny import toy_program
 
 TINY = {variant.name: variant.architecture for variant in MobileVLM.variants() if variant.parameters is None}
 PUBLISHED = {variant.name: variant for variant in MobileVLM.variants() if variant.parameters}
@@ -105,3 +108,18 @@ def test_seven_billion_parameters_trace_without_their_memory() -> None:
     nodes, peak_kib = map(int, done.stdout.split())
     assert nodes > 1000
     assert peak_kib < 2 * 2**20
+
+
+class Sliced(torch.nn.Module):
+    """Takes all of what it slices, as windows that need no padding do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x)[:, :4] + 1
+
+
+def test_a_slice_of_everything_leaves_no_node() -> None:
+    spec = TensorSpec("x", (1, 4))
+    program = toy_program("net", Sliced, Signature((spec,), (spec,)))
+    program.check()
+    graph = program.methods["net"].exported.graph
+    assert [str(n.target) for n in graph.nodes if n.op == "call_function"] == ["aten.tanh.default", "aten.add.Tensor"]
