@@ -144,7 +144,8 @@ def needed(
     by_torch = float32_bytes(checked) + KEPT_BYTES + values + widest.state
     computed = max(table.values * widest.value, values + SCORES * widest.scores) + 3 * widest.state
     run = int(max(by_torch, LOADED * resolved.weight_bytes(checked) + computed))
-    held = int(table.held * resolved.weight_bytes(whole))
+    coded, plain = resolved.coded_and_plain_bytes(whole)
+    held = int(table.held * coded + table.held_plain * plain)
     stages = {
         "verify": table.base_bytes + run,
         # limits are found by running it, too

@@ -79,7 +79,9 @@ def cells(row: Row) -> list[str]:
     why = next((f"{word}: {row[word]}" for word in ("refused", "failed") if word in row), None)
     if why is not None:
         return [*name, *[""] * 5, why]
-    gates = "; ".join(f"{method} {words(lower)}" for method, lower in row["lower"].items())
+    gates = "; ".join(
+        f"{method} {words(lower) if lower['executed'] else 'not executed'}" for method, lower in row["lower"].items()
+    )
     sizes = (mebibytes(row[key]) for key in ("peak_rss_bytes", "estimated_rss_bytes", "file_bytes"))
     return [*name, f"{row['seconds']:.0f}", *sizes, str(row["left_out"]), gates]
 
