@@ -143,9 +143,11 @@ def needed(
     values = VALUES * widest.value
     by_torch = float32_bytes(checked) + KEPT_BYTES + values + widest.state
     computed = max(table.values * widest.value, values + SCORES * widest.scores) + 3 * widest.state
-    run = int(max(by_torch, LOADED * resolved.weight_bytes(checked) + computed))
-    coded, plain = resolved.coded_and_plain_bytes(whole)
-    held = int(table.held * coded + table.held_plain * plain)
+    loaded = LOADED * resolved.weight_bytes(checked)
+    if table.evaluated:
+        loaded = table.evaluated * max(float32_bytes(part(checked, [method])) for method in checked)
+    run = int(max(by_torch, loaded + computed))
+    held = int(table.held * resolved.weight_bytes(whole))
     stages = {
         "verify": table.base_bytes + run,
         # limits are found by running it, too

@@ -75,20 +75,16 @@ class Resolved:
 
     def weight_bytes(self, program: Program) -> int:
         """What the weights of a program come to: packed codes with their scales, and all others in `floats`."""
-        return sum(self.coded_and_plain_bytes(program))
-
-    def coded_and_plain_bytes(self, program: Program) -> tuple[int, int]:
-        """The same of the weights that are quantized, and of all others."""
-        width, coded, plain = getattr(torch, self.floats).itemsize, 0, 0
+        width, total = getattr(torch, self.floats).itemsize, 0
         for method, traced in program.methods.items():
             state = {spec.name for spec in traced.signature.state}
             for entry in traced.weight_names.keys() - state:
                 fake = traced.exported.state_dict[entry]
                 if (method, entry) in self.layers:
-                    coded += self.layers[method, entry][1].bytes(fake.shape, width)
+                    total += self.layers[method, entry][1].bytes(fake.shape, width)
                 else:
-                    plain += fake.numel() * (width if fake.is_floating_point() else fake.element_size())
-        return coded, plain
+                    total += fake.numel() * (width if fake.is_floating_point() else fake.element_size())
+        return total
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest; `from_json` gives it back."""

@@ -47,8 +47,7 @@ class ExecuTorchTarget:
         },
         kv_cache=("float", "int8"),
         base_bytes=760 << 20,
-        held=1.3,
-        held_plain=1.3,  # the file's bytes are collected before they are written
+        held=1.3,  # the file's bytes are collected before they are written
     )
 
     def legalize(self, program: Program) -> Program:

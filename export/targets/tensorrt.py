@@ -68,8 +68,8 @@ class TensorRTTarget:
         symmetric=True,
         gates={"bfloat16": 5e-2},
         base_bytes=760 << 20,
-        held=1.7,
-        held_plain=1.7,  # what the builder copies of the weights, and the engine
+        values=20.0,  # the builder's, too
+        held=1.7,  # what the builder copies of the weights, and the engine
     )
 
     def legalize(self, program: Program) -> Program:
