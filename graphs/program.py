@@ -97,7 +97,8 @@ class Program:
         """
         name = self.methods[method].weight_names[entry]
         if name in self.constants or not isinstance(self.weights, NamedWeights):
-            return self.tensor(method, entry)[:rows]
+            whole = self.tensor(method, entry)
+            return whole if rows is None else whole[:rows]
         return self.weights.stored(name, rows)
 
     def release(self, method: str, entry: str) -> None:

@@ -68,7 +68,7 @@ class NamedWeights(Mapping[str, Tensor], ABC):
 
     def stored(self, name: str, rows: int | None = None) -> Tensor:
         """A tensor, or its first rows, in the dtype it is kept in, where possible no copy: to be read, and released."""
-        return self[name][:rows]
+        return self[name] if rows is None else self[name][:rows]
 
     def release(self, name: str) -> None:
         """The caller is done with a tensor: memory that backs it may go. Reading it again is allowed."""

@@ -181,6 +181,9 @@ def test_large_tensors_are_looked_through_in_parts(tmp_path: Path, monkeypatch: 
     assert torch.equal(weights.stored("w", 99), tensor[:99])
     assert torch.equal(weights.stored("fine"), torch.ones(100, 3))
     assert released.count("fine") == 10
+    drawn = RandomWeights(0, {"scale": torch.Size([]), "w": torch.Size([5, 3])})
+    assert drawn.stored("scale").shape == ()
+    assert torch.equal(drawn.stored("w", 2), drawn["w"][:2])
 
 
 class Block(nn.Module):
