@@ -148,10 +148,11 @@ def needed(
         loaded = table.evaluated * max(float32_bytes(part(checked, [method])) for method in checked)
     run = int(max(by_torch, loaded + computed))
     held = int(table.held * resolved.weight_bytes(whole))
+    written = largest_bytes(whole, resolved) + KEPT_BYTES  # beside what checking has left free, not returned
     stages = {
         "verify": table.base_bytes + run,
         # limits are found by running it, too
-        "lower": table.base_bytes + max(run, held + largest_bytes(whole, resolved)) + factored_bytes(resolved),
+        "lower": table.base_bytes + max(run, held + written) + factored_bytes(resolved),
     }
     if resolved.needs_statistics and samples:
         stages["calibrate"] = table.base_bytes + int(COLLECTED * collected_bytes(whole, resolved, samples, tokens))
