@@ -143,9 +143,10 @@ def needed(
     values = VALUES * widest.value
     by_torch = float32_bytes(checked) + KEPT_BYTES + values + widest.state
     computed = max(table.values * widest.value, values + SCORES * widest.scores) + 3 * widest.state
-    loaded = LOADED * resolved.weight_bytes(checked)
     if table.evaluated:
         loaded = table.evaluated * max(float32_bytes(part(checked, [method])) for method in checked)
+    else:
+        loaded = LOADED * resolved.weight_bytes(checked)
     run = int(max(by_torch, loaded + computed))
     held = int(table.held * resolved.weight_bytes(whole))
     written = largest_bytes(whole, resolved) + KEPT_BYTES  # beside what checking has left free, not returned

@@ -17,6 +17,7 @@ from typing import Any
 from export.alone import alone
 from export.matrix_jobs import KINDS, Job, jobs
 from export.matrix_page import page
+from export.measured import failure
 from export.stages import to_stderr
 from graphs import registry
 from graphs.files import write_whole
@@ -30,7 +31,7 @@ def attempt(job: Job) -> dict[str, Any]:
     try:
         return alone(job.run)
     except Exception as error:  # a row that failed shows why, the others go on
-        return {"key": job.key, **vars(job), "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"key": job.key, **vars(job), **failure(error)}
 
 
 def main() -> int:

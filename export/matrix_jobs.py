@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from calibration.source import Calibration
 from export.answers import compare, fault
 from export.matrix_page import ANSWERING
+from export.measured import measured
 from export.memory import peak_rss_bytes
 from export.pipeline import ExportOptions, export
 from export.plan import plan
@@ -25,7 +26,7 @@ from graphs import registry
 from graphs.components.image_text import ImageTextDecoder
 from graphs.compress.passes.prune import RULES
 from graphs.dialogue import EMBEDDING
-from graphs.errors import GateError, UserError
+from graphs.errors import UserError
 from graphs.model import Request, load_model, zoo_checkpoints
 from graphs.spec import Dim
 from graphs.trace import count_parameters, trace
@@ -115,21 +116,17 @@ def lowered(job: Job) -> dict[str, Any]:
     with TemporaryDirectory() as scratch:
         request, out = Request(job.model, job.variant), Path(scratch) / "b"
         options = ExportOptions(request, job.target, job.recipe or None, Calibration(count=16), job.passes, out=out)
-        try:
-            manifest = json.loads((export(options, silent) / "manifest.json").read_text())
-        except UserError as error:
-            return {"refused": str(error)}
-        except GateError as error:
-            return {"failed": str(error)}
-        return {
-            "recipe": job.recipe or load_target(job.target).capabilities.default_recipe,
-            "lower": {name: entry["lower"] for name, entry in manifest["verification"].items()},
-            "schemes": manifest["quantization"]["schemes"],
-            "limits": manifest["limits"],
-            "seconds": sum(stage["seconds"] for stage in manifest["stages"]),
-            "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in manifest["stages"]),
-            "file_bytes": sum(record["bytes"] for record in manifest["files"].values()),
-        }
+        return measured(options, partial(told, job))
+
+
+def told(job: Job, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the matrix keeps of a manifest besides."""
+    return {
+        "recipe": job.recipe or load_target(job.target).capabilities.default_recipe,
+        "schemes": manifest["quantization"]["schemes"],
+        "limits": manifest["limits"],
+        "seconds": sum(stage["seconds"] for stage in manifest["stages"]),
+    }
 
 
 def answered(job: Job) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,19 +19,17 @@ from typing import Any
 from export.alone import alone
 from export.gate import words
 from export.machine import described
+from export.measured import Row, failure, measured
 from export.memory import mebibytes
-from export.pipeline import ExportOptions, export
-from export.stages import silent, to_stderr
+from export.pipeline import ExportOptions
+from export.stages import to_stderr
 from export.targets.base import TARGETS
 from graphs import registry
-from graphs.errors import GateError, UserError
 from graphs.files import write_whole
 from graphs.model import Request
 from graphs.spec import Variant
 from graphs.trace import count_parameters
 from zoo.random_checkpoint import write
-
-Row = dict[str, Any]
 
 #: a ceiling that nothing reaches: estimates are made where there is one
 NO_CEILING = 1 << 50
@@ -45,31 +43,21 @@ def smallest(model: str) -> tuple[Variant, int]:
     return min(((each, count_parameters(each.architecture)) for each in published), key=lambda found: found[1])
 
 
-def exported(options: ExportOptions) -> Row:
-    """What one export took, and how far its artefacts are from their graphs; or why there is none."""
-    try:
-        manifest = json.loads((export(options, silent) / "manifest.json").read_text())
-    except UserError as error:
-        return {"refused": str(error)}
-    except GateError as error:
-        return {"failed": str(error)}
-    stages = manifest["stages"]
+def told(manifest: Mapping[str, Any]) -> Row:
+    """What the page has of a manifest besides."""
     return {
-        "peak_rss_bytes": max(stage["peak_rss_bytes"] for stage in stages),
-        "estimated_rss_bytes": max(stage.get("estimated_rss_bytes", 0) for stage in stages),
-        "file_bytes": sum(record["bytes"] for record in manifest["files"].values()),
+        "estimated_rss_bytes": max(stage.get("estimated_rss_bytes", 0) for stage in manifest["stages"]),
         "left_out": sum(map(len, (manifest["left_out"] or {}).values())),
-        "lower": {name: entry["lower"] for name, entry in manifest["verification"].items()},
     }
 
 
-def measured(options: ExportOptions) -> Row:
-    """The same with the seconds of the process, from its start."""
+def timed(options: ExportOptions) -> Row:
+    """What an export took, with the seconds of its process from the start."""
     start = time.perf_counter()
     try:
-        found = alone(exported, options)
-    except Exception as error:  # a row that failed shows why, the others go on
-        found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        found = alone(measured, options, told)
+    except Exception as error:
+        found = failure(error)
     return {**found, "seconds": time.perf_counter() - start}
 
 
@@ -126,7 +114,7 @@ def run(args: argparse.Namespace, model: str, done: Sequence[tuple[str, str]]) -
         for target in targets:
             out = Path(scratch) / "bundle"
             options = ExportOptions(request, target, args.quant, out=out, force=True, max_memory=NO_CEILING)
-            rows.append({**row, "target": target, **measured(options)})
+            rows.append({**row, "target": target, **timed(options)})
             to_stderr(" | ".join(cells(rows[-1])))
         return rows
 

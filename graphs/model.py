@@ -121,21 +121,18 @@ def load_model(request: Request) -> Model:
         return Model(request, variant.name, architecture, weights, None)
     directory = locate(request.checkpoint, request.allow_pickle)
     checkpoint = Checkpoint.open(directory, allow_pickle=request.allow_pickle, allow_nan=request.allow_nan)
-    if OWN_LAYOUT in checkpoint.config:
-        named = registry.variant(request.model, str(checkpoint.config[OWN_LAYOUT]))
-        architecture = bounded(named.architecture, request)
-        shapes = parameter_shapes(architecture)
-        found = Weights(checkpoint, {name: Source(name) for name in shapes})
-        found.check(shapes)
-        return Model(request, directory.resolve().name, architecture, found, directory)
-    preprocessor = read_preprocessor(directory)
-    architecture = registry.architecture(request.model).from_config(checkpoint.config, preprocessor)
+    if (own := checkpoint.config.get(OWN_LAYOUT)) is not None:
+        architecture = registry.variant(request.model, str(own)).architecture
+    else:
+        preprocessor = read_preprocessor(directory)
+        architecture = registry.architecture(request.model).from_config(checkpoint.config, preprocessor)
+        checkpoint.rename(architecture.aliases)
+        architecture = architecture.given(checkpoint)
     architecture = bounded(architecture, request)
-    checkpoint.rename(architecture.aliases)
-    architecture = architecture.given(checkpoint)
+    source = architecture.source if own is None else Source
     shapes = parameter_shapes(architecture)
-    found = Weights(checkpoint, {name: architecture.source(name) for name in shapes})
-    found.check(shapes, architecture.unused)
+    found = Weights(checkpoint, {name: source(name) for name in shapes})
+    found.check(shapes, architecture.unused if own is None else ())
     return Model(request, directory.resolve().name, architecture, found, directory)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -46,7 +47,7 @@ class Opened:
         exported = program.methods[method].exported
         module = exported.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        values = [*exported.state_dict.values(), *(node.meta.get("val") for node in exported.graph.nodes)]
+        values = chain(exported.state_dict.values(), (node.meta.get("val") for node in exported.graph.nodes))
         mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
         return cls(program, method, module, mode)
 
