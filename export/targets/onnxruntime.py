@@ -19,6 +19,7 @@ from export.targets.ort_attention import fuse_attention
 from export.targets.ort_embedding import fuse_embedding
 from export.targets.ort_joined import join_layers
 from export.targets.ort_linear import fuse_linear
+from export.targets.ort_multi_head import fuse_multi_head
 from export.targets.ort_per_token import fuse_per_token
 from export.targets.state_io import explicit_state, state_pairs
 from graphs.errors import GateError
@@ -41,7 +42,7 @@ EMBEDDING = tuple(f"w{bits}{group}" for bits in (8, 4, 3) for group in ("", *GRO
 
 #: ONNX Runtime's own operators and number formats for quantized layers
 FUSIONS = (unsigned_activations, fuse_integer, fuse_per_token, fuse_linear, fuse_embedding)
-LAST_FUSIONS = (fuse_attention, join_layers)
+LAST_FUSIONS = (fuse_attention, fuse_multi_head, join_layers)
 
 
 def optimized(path: Path, entries: Mapping[str, str] = {}) -> onnx.GraphProto:

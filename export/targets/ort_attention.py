@@ -18,7 +18,7 @@ from torch import Tensor
 
 from export.targets.onnx_qdq import Spelling
 from export.targets.onnx_weights import derived, is_weight
-from export.targets.ort_cached import HEADS_AND_TOKENS, Attention, attention_of, permutes, sizes
+from export.targets.ort_cached import Attention, attention_of, sizes, tokens
 from export.targets.ort_masks import Hidden, made_by
 from export.targets.ort_patterns import MICROSOFT
 
@@ -87,22 +87,6 @@ def halved(graph: ir.Graph, table: ir.Value) -> ir.Value | None:
         if not np.array_equal(left, right):
             return None
     return derived(graph, table, "half", half)
-
-
-def tokens(spell: Spelling, heads: ir.Value) -> ir.Value:
-    """Heads [1, A, S, K] as [1, S, A * K]: what they were made of, or made so."""
-    turned = made_by(heads, "Transpose")
-    if turned is not None and permutes(turned, HEADS_AND_TOKENS):
-        split = made_by(turned.inputs[0], "Reshape")
-        _, count, _, width = sizes(heads)
-        if split is not None and split.inputs[0] is not None and sizes(split.inputs[0])[::2] == (1, count * width):
-            return split.inputs[0]
-    _, count, _, width = sizes(heads)
-    return spell.op(
-        "Reshape",
-        spell.op("Transpose", heads, perm=HEADS_AND_TOKENS),
-        spell.constant([1, -1, count * width], INT64),
-    )
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """Where a translated graph attends over a cache that it has just written: found by its operators.
 
-Shape suffixes: A heads, G key-value heads, S new tokens, C context, K head width.
+Shape suffixes: B batch, A heads, G key-value heads, S new tokens, C context, K head width.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from export.targets.onnx_qdq import Spelling
 from export.targets.ort_masks import Hidden, Mask, constant, made_by, mask_of, scalar
 
 #: a head's width is a multiple of this where `GroupQueryAttention` takes it
@@ -196,10 +198,32 @@ def rows_at(places: ir.Value | None, shape: tuple[int, ...]) -> ir.Value | None:
 
 
 def flattened(value: ir.Value) -> ir.Node | None:
-    """The node that makes [1, S, A * K] of heads [1, A, S, K] that nothing else reads."""
+    """The node that makes [B, S, A * K] of heads [B, A, S, K] that nothing else reads."""
     turned = only_reader(value, "Transpose")
     if turned is None or not permutes(turned, HEADS_AND_TOKENS):
         return None
     made = only_reader(turned.outputs[0], "Reshape")
-    _, heads, _, width = sizes(value)
-    return made if made is not None and sizes(made.outputs[0])[::2] == (1, heads * width) else None
+    return made if made is not None and joins(turned.outputs[0], made.outputs[0]) else None
+
+
+def joins(heads: ir.Value, tokens: ir.Value) -> bool:
+    """Whether values are [B, S, A, K] and [B, S, A * K], as far as shapes tell."""
+    if heads.shape is None or tokens.shape is None or (len(heads.shape), len(tokens.shape)) != (4, 3):
+        return False
+    return tokens.shape[0] == heads.shape[0] and sizes(tokens)[2] == math.prod(sizes(heads)[2:])
+
+
+def tokens_of(heads: ir.Value) -> ir.Value | None:
+    """The [B, S, A * K] that heads [B, A, S, K] were made of."""
+    turned = made_by(heads, "Transpose")
+    if turned is None or not permutes(turned, HEADS_AND_TOKENS):
+        return None
+    split = made_by(turned.inputs[0], "Reshape")
+    whole = None if split is None else split.inputs[0]
+    return whole if split is not None and whole is not None and joins(split.outputs[0], whole) else None
+
+
+def tokens(spell: Spelling, heads: ir.Value) -> ir.Value:
+    """Heads [B, A, S, K] as [B, S, A * K]: what they were made of, or made so."""
+    _, count, _, width = sizes(heads)
+    return tokens_of(heads) or spell.reshape(spell.op("Transpose", heads, perm=HEADS_AND_TOKENS), 2, count * width)

@@ -1,0 +1,125 @@
+"""Attention to what a call itself computes as ONNX Runtime's `MultiHeadAttention`, not as scores in plain operators.
+
+Plain scores of all queries and keys are held three times at once: 3 GiB for 4096 tokens of 16 heads. The operator holds
+them once where there is a mask, and where there is none a block of them that stays in the cache, as in FlashAttention
+(https://arxiv.org/abs/2205.14135).
+Shape suffixes: B batch, A heads, S queries, C keys, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from export.targets.onnx_qdq import Spelling
+from export.targets.ort_cached import (
+    HEADS_AND_TOKENS,
+    MATRICES,
+    flattened,
+    only_reader,
+    permutes,
+    sizes,
+    tokens,
+    tokens_of,
+    unscaled,
+)
+from export.targets.ort_masks import made_by
+from export.targets.ort_patterns import MICROSOFT
+
+
+@dataclass(frozen=True)
+class MultiHead:
+    """One attention of heads [B, A, S, K] to [B, A, C, K]; `product` is what gives [B, A, S, K].
+
+    The mask is added to scores: [S, C], or [B or 1, A or 1, S or 1, C].
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    mask: ir.Value | None
+    scale: float
+    product: ir.Node
+
+
+def fuse_multi_head(model: ir.Model) -> None:
+    """Put the operator for every attention that it computes as it is."""
+    for node in list(model.graph):
+        found = attention_of(node) if node.op_type == "Softmax" else None
+        if found is not None and fits(found):
+            replace(model.graph, found)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def attention_of(softmax: ir.Node) -> MultiHead | None:
+    """The attention that a softmax is part of, in the spelling of `onnx_ops.attention`."""
+    product = only_reader(softmax.outputs[0], "MatMul")
+    masked = made_by(softmax.inputs[0], "Add")
+    scores, mask = softmax.inputs[0], None
+    if masked is not None:
+        scores, mask = masked.inputs
+    scored = made_by(scores, "MatMul")
+    if product is None or scored is None or product.inputs[0] is not softmax.outputs[0]:
+        return None
+    turned = made_by(scored.inputs[1], "Transpose")
+    if turned is None or not permutes(turned, MATRICES) or len(scored.outputs[0].uses()) != 1:
+        return None
+    query, scale = unscaled(scored.inputs[0])
+    key, value = turned.inputs[0], product.inputs[1]
+    assert key is not None
+    assert value is not None
+    return MultiHead(query, key, value, mask, scale, product)
+
+
+def fits(found: MultiHead) -> bool:
+    """Whether the operator takes these heads and that mask, and keys need not be turned anew for every token."""
+    heads = (found.query, found.key, found.value)
+    shapes = [tuple(each.shape or ()) for each in heads]
+    if any(each.dtype != ir.DataType.FLOAT for each in heads) or any(len(shape) != 4 for shape in shapes):
+        return False
+    (batch, count, queries, _), (_, _, keys, _), _ = shapes
+    if any(shape[:2] != (batch, count) or not isinstance(shape[3], int) for shape in shapes):
+        return False
+    own = isinstance(queries, int) or queries == keys or None not in map(tokens_of, heads[1:])
+    return own and isinstance(count, int) and (found.mask is None or covers(found.mask, shapes[0], keys))
+
+
+def covers(mask: ir.Value, query: Sequence[object], keys: object) -> bool:
+    """Whether a mask can be given to the operator, for queries [B, A, S, K] and so many keys."""
+    *lead, rows, columns = tuple(mask.shape or (None, None))
+    repeated = all(size in (1, whole) for size, whole in zip(lead, query, strict=False))
+    return len(lead) in (0, 2) and repeated and columns == keys and (rows == query[2] or for_keys(mask, query))
+
+
+def for_keys(mask: ir.Value, query: Sequence[object]) -> bool:
+    """Whether one row of a mask is that of all queries [B, A, S, K], as many as keys."""
+    shape = tuple(mask.shape or ())
+    return len(shape) > 1 and shape[-2] == 1 and shape[-1] == query[2]
+
+
+def bias(spell: Spelling, mask: ir.Value, query: Sequence[object]) -> ir.Value:
+    """A mask with four axes, and a row for each query [B, A, S, K]."""
+    if len(mask.shape or ()) == 2:
+        mask = spell.op("Unsqueeze", mask, spell.constant([0, 1], ir.DataType.INT64))
+    if not for_keys(mask, query):
+        return mask
+    one, keys = spell.constant([1], ir.DataType.INT64), spell.op("Shape", mask, start=3)
+    return spell.op("Expand", mask, spell.op("Concat", one, one, keys, one, axis=0))
+
+
+def replace(graph: ir.Graph, found: MultiHead) -> None:
+    """Put the operator in place of one attention."""
+    out = flattened(found.product.outputs[0])
+    spell = Spelling(graph, out or found.product)
+    count, width = sizes(found.query)[1], sizes(found.value)[3]
+    parts: list[ir.Value | None] = [tokens(spell, each) for each in (found.query, found.key, found.value)]
+    if found.mask is not None:
+        parts += [None, None, bias(spell, found.mask, tuple(found.query.shape or ()))]
+    made = spell.op("MultiHeadAttention", *parts, domain=MICROSOFT, num_heads=count, scale=found.scale)
+    if out is None:
+        made = spell.op("Transpose", spell.reshape(made, 2, count, width), perm=HEADS_AND_TOKENS)
+    spell.replace([made])
+    graph.opset_imports.setdefault(MICROSOFT, 1)
