@@ -14,8 +14,8 @@ from export.layouts.executorch import constant_methods
 from export.targets import executorch_attention, executorch_graph, executorch_grow, executorch_kernels, executorch_quant
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.executorch_delegates import Delegates, Prepared, fill, hollow
-from graphs.errors import UserError, nearest
-from graphs.files import sha256
+from graphs.errors import GateError, UserError, nearest
+from graphs.files import reason, sha256
 from graphs.program import Program
 from graphs.shorten import shorten
 
@@ -55,11 +55,11 @@ class ExecuTorchTarget:
         return executorch_quant.translate(program)
 
     def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
-        """Raises UserError where `extra["delegate"]` is none of `DELEGATES`."""
+        """Raises UserError where `extra["delegate"]` is none of `DELEGATES`, GateError where ExecuTorch refuses."""
         delegate = options.extra.get("delegate", next(iter(DELEGATES)))
         if delegate not in DELEGATES:
             raise UserError(f"unknown delegate '{delegate}' of executorch: {nearest(delegate, DELEGATES)}")
-        with quiet():
+        with quiet(), told(program):
             make = partial(write, program, directory / FILE, DELEGATES[delegate](), options)
             methods = options.piece(list(program), make)
         details = {"delegate": delegate, "methods": methods, "sha256": sha256(directory / FILE)}
@@ -131,6 +131,20 @@ def lowered(
             yield EdgeProgramManager(methods, constants, edge.compile_config)
     finally:
         delegates.forget()
+
+
+@contextmanager
+def told(program: Program) -> Iterator[None]:
+    """Raise GateError for what ExecuTorch raises, of any type: with what its passes were told first."""
+    try:
+        yield
+    except (UserError, GateError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        raise GateError(f"ExecuTorch cannot lower {', '.join(program)}: {reason(first)}") from error
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 A delegate more costs time when it runs (tensors cross its border) and when it is made (XNNPACK's passes run for each).
 So attention is written without the guards against NaN of PyTorch's own decomposition, the mean inside an RMS norm is a
-matrix product with a constant column, and reshapes of one dynamic dimension infer it.
+matrix product with a constant column, reshapes of one dynamic dimension infer it, and numbers in float arithmetic are
+floats.
 """
 
 from __future__ import annotations
@@ -67,12 +68,15 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.rms_norm.default: rms_norm,
 }
 
+ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
 
 def legalize(program: Program) -> Program:
     """`program` in operators that XNNPACK takes; it computes the same."""
     for name, traced in program.methods.items():
         exported = traced.exported.run_decompositions(DECOMPOSITIONS)
         infer_reshapes(exported.graph)
+        float_numbers(exported.graph)
         count_no_padding(exported.graph)
         values = operands_as_buffers(exported)
         exported.graph_module.recompile()
@@ -80,6 +84,14 @@ def legalize(program: Program) -> Program:
         names = {**traced.weight_names, **{entry: f"{name}.{entry}" for entry in values}}
         program = program.replace(name, replace(traced, exported=exported, weight_names=names), constants)
     return program
+
+
+def float_numbers(graph: Graph) -> None:
+    """Write numbers that float arithmetic takes as floats, in place: passes cast integers, at every call."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.target in ARITHMETIC and isinstance(value, Tensor) and value.is_floating_point():
+            node.args = tuple(float(read) if type(read) is int else read for read in node.args)
 
 
 def operands_as_buffers(exported: ExportedProgram) -> dict[str, Tensor]:

@@ -155,17 +155,31 @@ class Grower:
                     pairs = zip(*map(weights, modules), strict=True)
                     fits = all(self.same(old, new, later) for old, new in pairs)
                 else:
-                    fits = before is now
+                    fits = self.alike(before, now)
                 if not fits:
                     return False
         return True
 
     def same(self, old: tuple[str, Tensor], new: tuple[str, Tensor], later: Mapping[str, str]) -> bool:
         """Whether an entry is another one of the layer behind, or both are constants of one value that passes made."""
+        return renamed(old[0], later) == new[0] or self.equal(old, new)
+
+    def equal(self, old: tuple[str, Tensor], new: tuple[str, Tensor]) -> bool:
+        """Whether entries are constants of one value that passes made."""
         known = self.program.methods[self.method].exported.state_dict
-        if renamed(old[0], later) == new[0]:
-            return True
         return old[0] not in known and new[0] not in known and torch.equal(old[1], new[1])
+
+    def alike(self, before: fx.Node, now: fx.Node) -> bool:
+        """Whether nodes are one, or compute the same of equal constants."""
+        targets, held = self.targets, {**self.exported.constants, **self.state}
+        if before is now:
+            return True
+        if before.name in targets and now.name in targets:
+            old, new = ((targets[node.name], held[targets[node.name]]) for node in (before, now))
+            return self.equal(old, new)
+        if not (before.op == now.op == "call_function" and self.key(before) == self.key(now)):
+            return False
+        return all(map(self.alike, before.all_input_nodes, now.all_input_nodes))
 
     def escapes(self, unit: list[fx.Node], inside: set[fx.Node]) -> bool:
         """Whether something behind reads `unit`, besides the graph's output, which writes its state."""

@@ -13,18 +13,22 @@ from unittest.mock import patch
 
 from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from executorch.exir.pass_base import ProxyValue, _ExportPassBase
-from torch import SymInt
+from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 Interpreter = _ExportPassBase.ExportInterpreter
+#: of a node's `meta`: the operator and the forms of its arguments that its recorded value was computed of. A pass may
+#: have changed the node since, in place
+MADE_OF = "vlmx_made_of"
+
 RUN, COMPUTE = Interpreter.run_node, _ExportPassBase._fx
 
 
 @contextmanager
 def spared() -> Iterator[None]:
-    """While this lasts, a node that a pass passes on as it was, of arguments like those that it had, gives the value
-    that is recorded of it."""
+    """While this lasts, a node that a pass passes on, of arguments like those that its value was computed of, gives
+    that value."""
     with patch.object(Interpreter, "run_node", run_node), patch.object(_ExportPassBase, "_fx", compute):
         yield
 
@@ -41,7 +45,7 @@ class Recorded:
 
 def run_node(self: Any, node: Node) -> Any:
     """`ExportInterpreter.run_node`; its pass knows which node it is at."""
-    before, self.callback.at = getattr(self.callback, "at", None), (self, node)
+    before, self.callback.at = getattr(self.callback, "at", None), node
     try:
         return RUN(self, node)
     finally:
@@ -49,64 +53,51 @@ def run_node(self: Any, node: Node) -> Any:
 
 
 def compute(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any) -> Any:
-    """`_ExportPassBase._fx`: a node of the new graph, and its value."""
-    at: tuple[Any, Any] = getattr(self, "at", None) or (None, None)
-    interpreter, node = at
-    known = (
-        kind == "call_function"
-        and node is not None
-        and "val" in node.meta
-        and same_operator(target, node.target)
-        and same(interpreter, (args, kwargs), (node.args, node.kwargs))
-    )
-    if not known:
-        return COMPUTE(self, kind, target, args, kwargs, meta)
-    own, self.interpreter = self.interpreter, Recorded(node.meta["val"])
+    """`_ExportPassBase._fx`: a node of the new graph, its value, and what that was computed of."""
+    node: Node | None = getattr(self, "at", None)
+    made_of = (operator(target), *forms((args, kwargs))) if kind == "call_function" else None
+    known = made_of is not None and node is not None and "val" in node.meta and node.meta.get(MADE_OF) == made_of
+    own = self.interpreter
+    if known and node is not None:
+        self.interpreter = Recorded(node.meta["val"])
     try:
-        return COMPUTE(self, kind, target, args, kwargs, meta)
+        made = COMPUTE(self, kind, target, args, kwargs, meta)
     finally:
         self.interpreter = own
+    made.node.meta[MADE_OF] = made_of
+    return made
 
 
-def same_operator(made: Any, given: Any) -> bool:
-    """Whether two operators compute the same: an edge operator is its ATen operator."""
-    made, given = (op._op if isinstance(op, EdgeOpOverload) else op for op in (made, given))
-    return made is given
+def operator(target: Any) -> Any:
+    """What an operator is compared by: an edge operator is its ATen operator."""
+    return target._op if isinstance(target, EdgeOpOverload) else target
 
 
-def same(interpreter: Any, made: Any, given: Any) -> bool:
-    """Whether arguments that a pass gives are like those of the node: values like those recorded, equal constants."""
-    if isinstance(given, Node):
-        if given.op == "get_attr":
-            return made is interpreter.fetch_attr(given.target)
-        return isinstance(made, ProxyValue) and "val" in given.meta and alike(made.data, given.meta["val"])
-    if isinstance(given, list | tuple):
-        return (
-            isinstance(made, list | tuple)
-            and len(made) == len(given)
-            and all(same(interpreter, *pair) for pair in zip(made, given, strict=True))
-        )
-    if isinstance(given, Mapping):
-        return made.keys() == given.keys() and all(same(interpreter, made[key], given[key]) for key in given)
-    return type(made) is type(given) and bool(made == given)
+def forms(value: Any) -> Iterator[Any]:
+    """What an operator may read of its arguments, one after the other, with the brackets between them.
+
+    Constants have a type, too: 1 and 1.0 and True are equal.
+    """
+    if isinstance(value, ProxyValue):
+        yield from forms(value.data)
+    elif isinstance(value, Tensor):
+        plain = isinstance(value, FakeTensor) and value.constant is None
+        yield form(value) if plain else object()  # equal to nothing: its numbers may be read
+    elif isinstance(value, list | tuple):
+        yield list, len(value)
+        for each in value:
+            yield from forms(each)
+    elif isinstance(value, Mapping):
+        yield tuple(value)
+        for each in value.values():
+            yield from forms(each)
+    elif isinstance(value, SymInt):
+        yield expression(value)
+    else:
+        yield type(value), value
 
 
-def alike(made: Any, given: Any) -> bool:
-    """Whether an operator makes the same of two values: fake tensors of one form, tuples of them, or equal numbers."""
-    if made is given:
-        return True
-    if type(made) is not type(given):
-        return False
-    if isinstance(made, FakeTensor):
-        return made.constant is None and given.constant is None and form(made) == form(given)
-    if isinstance(made, list | tuple):
-        return len(made) == len(given) and all(alike(*pair) for pair in zip(made, given, strict=True))
-    if isinstance(made, SymInt):
-        return bool(expression(made) == expression(given))
-    return isinstance(made, bool | int | float | str) and bool(made == given)
-
-
-def form(tensor: FakeTensor) -> tuple[Any, ...]:
+def form(tensor: Tensor) -> tuple[Any, ...]:
     """What operators may read of a fake tensor. Symbols are compared as expressions: no guard comes of it."""
     sizes = [expression(size) for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset())]
     return (tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad, *sizes)

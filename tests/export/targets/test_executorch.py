@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from export.gate import Limit
 from export.layouts.executorch import constant_methods
+from export.targets import executorch
 from export.targets.base import LIMITS, Lowered, LowerOptions
 from export.targets.executorch import FILE, TARGET
 from export.targets.executorch_graph import legalize
 from export.verify import compare, program_signatures, record, seeded_inputs
-from graphs.errors import UserError
+from graphs.errors import GateError, UserError
 from graphs.program import Program, Signature, TracedMethod
 from graphs.spec import TensorSpec
 from graphs.trace import trace_module
@@ -172,3 +173,15 @@ def test_an_unknown_delegate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown delegate 'vulkan' of executorch: choose from: xnnpack"):
         TARGET.lower(tiny_program("tiny"), tmp_path, options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_executorch_raises_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(*args: object) -> None:
+        try:
+            raise RuntimeError("size of tensor a (128)\nin a graph")
+        except RuntimeError as error:
+            raise Exception("An error occurred when running some pass") from error
+
+    monkeypatch.setattr(executorch, "write", failing)
+    with pytest.raises(GateError, match=r"^ExecuTorch cannot lower vision_encoder, .*: size of tensor a \(128\)$"):
+        lower(tiny_program("tiny"), tmp_path)

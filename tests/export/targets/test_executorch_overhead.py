@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from executorch.exir import to_edge
 from executorch.exir.dialects._ops import ops
-from executorch.exir.pass_base import ExportPass
+from executorch.exir.pass_base import ExportPass, PassResult
 from torch import Tensor, fx, nn
 
 from export.targets.executorch_overhead import spared
@@ -22,7 +23,7 @@ class Net(nn.Module):
         self.layer = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.relu(x).sigmoid() @ self.layer.weight.T + self.layer.bias
+        out: Tensor = torch.cat([torch.relu(x), x]).sigmoid() @ self.layer.weight.T + self.layer.bias
         return out.transpose(0, 1)
 
 
@@ -40,11 +41,21 @@ class Twice(ExportPass):
         return made
 
 
+class Part(ExportPass):
+    """One part less of what is joined: a node is told so in place, as XNNPACK's passes do."""
+
+    def call(self, module: fx.GraphModule) -> PassResult:
+        node = next(node for node in module.graph.nodes if node.target is ops.edge.aten.cat.default)
+        node.args = (node.args[0][:1],)
+        return super().call(module)
+
+
 @pytest.fixture(scope="module")
 def graph() -> fx.GraphModule:
     rows = torch.export.Dim("rows", min=2, max=16)
     exported = torch.export.export(Net().eval(), (torch.zeros(3, 8),), dynamic_shapes=({0: rows},))
-    module: fx.GraphModule = to_edge(exported).exported_program().graph_module
+    with spared():
+        module: fx.GraphModule = Same()(to_edge(exported).exported_program().graph_module).graph_module
     return module
 
 
@@ -53,7 +64,7 @@ def told(module: fx.GraphModule) -> list[str]:
     return [f"{node.target} {node.args} {node.meta.get('val')}" for node in module.graph.nodes]
 
 
-@pytest.mark.parametrize(("change", "computed"), [(Same, 0), (Twice, 5)])
+@pytest.mark.parametrize(("change", "computed"), [(Same, 0), (Twice, 6), (Part, 5)])
 def test_only_what_changed_is_computed(
     graph: fx.GraphModule, change: type[ExportPass], computed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,10 +76,10 @@ def test_only_what_changed_is_computed(
         return own(self, target, args, kwargs)
 
     monkeypatch.setattr(fx.Interpreter, "call_function", counted)
-    expected = told(change()(graph).graph_module)
+    expected = told(change()(deepcopy(graph)).graph_module)
     assert len(calls) > 5
     calls.clear()
     with spared():
-        assert told(change()(graph).graph_module) == expected
+        assert told(change()(deepcopy(graph)).graph_module) == expected
     assert len(calls) == computed
-    assert ("2*s" in str(expected)) == (change is Twice)
+    assert ("3*s" in str(expected)) == (change is Twice)
