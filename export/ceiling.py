@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from calibration.collect import METHODS, ROWS
 from calibration.moments import MODALITIES
 from calibration.observe import Observer
@@ -26,6 +24,7 @@ from calibration.sweep import size as size_of
 from export.memory import KEPT_BYTES, resident_bytes
 from export.sample import float32_bytes
 from export.stability import part
+from export.targets.attention_slices import ATTENTION, slices
 from export.targets.base import Capabilities
 from graphs.dialogue import EMBEDDING, VISION
 from graphs.errors import UserError
@@ -35,11 +34,8 @@ from quant.resolve import Resolved
 #: what torch takes to run a part besides weights and state, in its largest value: what is read, given and in between
 VALUES = 3
 
-#: bytes of memory for each byte of weights that a target's runtime has loaded, and of attention's scores there, which
-#: torch has some of at a time
-LOADED, SCORES = 1.15, 3.3
-
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+#: bytes of memory for each byte of weights that a target's runtime has loaded
+LOADED = 1.15
 
 #: bytes of memory for each number of a weight that is written: quantized, its integers, what is packed of them and
 #: scales; else a copy in float32 and the checkpoint's pages
@@ -94,14 +90,15 @@ def collected_bytes(program: Program, resolved: Resolved, samples: int, tokens: 
 
 @dataclass(frozen=True)
 class Widest:
-    """Bytes of the largest value that a method computes of an example, of attention's scores, and of the state."""
+    """Bytes of the largest value that a method computes of an example, of what attention's scores take in a target's
+    runtime (torch has some of them at a time), and of the state."""
 
     value: int
     scores: int
     state: int
 
     @classmethod
-    def of(cls, program: Program) -> Widest:
+    def of(cls, program: Program, table: Capabilities) -> Widest:
         """Over all methods."""
         value = scores = state = 0
         for traced in program.methods.values():
@@ -113,7 +110,9 @@ class Widest:
                     value = max(value, size_of(node.meta.get("val"), length))
                 if node.target is ATTENTION:
                     query, key = (read.meta["val"].shape for read in node.all_input_nodes[:2])
-                    scores = max(scores, 4 * math.prod(extent(side, length) for side in (*query[:-1], key[-2])))
+                    whole = 4 * math.prod(extent(side, length) for side in (*query[:-1], key[-2]))
+                    times = table.scores if len(node.all_input_nodes) > 3 else table.unmasked
+                    scores = max(scores, int(times * whole) // (slices(node) if table.sliced else 1))
         return cls(value, scores, state)
 
 
@@ -139,10 +138,10 @@ def needed(
 
     `samples`: how many are calibrated with, `tokens`: those of a picture.
     """
-    widest = Widest.of(checked)
+    widest = Widest.of(checked, table)
     values = VALUES * widest.value
     by_torch = float32_bytes(checked) + KEPT_BYTES + values + widest.state
-    computed = max(table.values * widest.value, values + SCORES * widest.scores) + 3 * widest.state
+    computed = max(table.values * widest.value, values + widest.scores) + 3 * widest.state
     if table.evaluated:
         loaded = table.evaluated * max(float32_bytes(part(checked, [method])) for method in checked)
     else:

@@ -30,6 +30,9 @@ class Capabilities:
     gates: Mapping[str, float] = field(default_factory=dict)  # of its own for some floats, where above `LIMITS`
     base_bytes: int = 600 << 20  # resident memory of an export of next to nothing
     values: float = 13.0  # what running a method takes, in its largest value: blocks that were used are kept
+    scores: float = 3.3  # what attention takes, in its float32 scores; and where nothing is masked
+    unmasked: float = 3.3
+    sliced: bool = False  # whether scores are those of slices (`attention_slices`)
     evaluated: float = 0.0  # bytes for each byte of a method's float32 weights, where it is not run but evaluated
     held: float = 0.0  # bytes of memory that lowering takes for each byte of packed weights
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from export.layouts.executorch import constant_methods
 from export.targets import executorch_attention, executorch_graph, executorch_grow, executorch_kernels, executorch_quant
+from export.targets.attention_slices import slice_attention
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.executorch_delegates import Delegates, Prepared, fill, hollow
 from graphs.errors import GateError, UserError, nearest
@@ -47,6 +48,7 @@ class ExecuTorchTarget:
         },
         kv_cache=("float", "int8"),
         base_bytes=760 << 20,
+        sliced=True,
         held=1.3,  # the file's bytes are collected before they are written
     )
 
@@ -109,7 +111,8 @@ def lowered(
     """
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
 
-    legal = executorch_graph.legalize(executorch_attention.attend(shorten(program, executorch_grow.middle(stacks))))
+    short = shorten(program, executorch_grow.middle(stacks))
+    legal = executorch_graph.legalize(slice_attention(executorch_attention.attend(short)))
     delegates = Delegates(legal, program, prepared)
     with delegates.used():
         edge = to_edge_transform_and_lower(

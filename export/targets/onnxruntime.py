@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 
+from export.targets.attention_slices import slice_attention
 from export.targets.base import Capabilities, Lowered, LowerOptions
 from export.targets.onnx_graph import OPSET, emit, in_place, operators, write
 from export.targets.ort_activations import fuse_integer, unsigned_activations
@@ -98,11 +99,15 @@ class OnnxRuntimeTarget:
         kv_cache=("float", "int8"),
         runs_on="CPUs; through ONNX Runtime's execution providers also GPUs and NPUs",
         base_bytes=520 << 20,
+        scores=1.1,
+        unmasked=0.0,
+        sliced=True,
     )
 
     def legalize(self, program: Program) -> Program:
-        """The same methods with their caches as inputs and outputs: an ONNX graph keeps no state."""
-        return explicit_state(program)
+        """The same methods with their caches as inputs and outputs: an ONNX graph keeps no state. Large attention in
+        slices."""
+        return explicit_state(slice_attention(program))
 
     def lower(self, program: Program, directory: Path, options: LowerOptions) -> Lowered:
         files = {method: f"{method}.onnx" for method in program}

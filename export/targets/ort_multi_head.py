@@ -91,23 +91,21 @@ def covers(mask: ir.Value, query: Sequence[object], keys: object) -> bool:
     """Whether a mask can be given to the operator, for queries [B, A, S, K] and so many keys."""
     *lead, rows, columns = tuple(mask.shape or (None, None))
     repeated = all(size in (1, whole) for size, whole in zip(lead, query, strict=False))
-    return len(lead) in (0, 2) and repeated and columns == keys and (rows == query[2] or for_keys(mask, query))
+    spread = rows == 1 and (isinstance(query[2], int) or query[2] == keys)
+    return len(lead) in (0, 2) and repeated and columns == keys and (rows == query[2] or spread)
 
 
-def for_keys(mask: ir.Value, query: Sequence[object]) -> bool:
-    """Whether one row of a mask is that of all queries [B, A, S, K], as many as keys."""
-    shape = tuple(mask.shape or ())
-    return len(shape) > 1 and shape[-2] == 1 and shape[-1] == query[2]
-
-
-def bias(spell: Spelling, mask: ir.Value, query: Sequence[object]) -> ir.Value:
-    """A mask with four axes, and a row for each query [B, A, S, K]."""
-    if len(mask.shape or ()) == 2:
+def bias(spell: Spelling, mask: ir.Value, queries: object) -> ir.Value:
+    """A mask with four axes, and a row for each query; where they are not a fixed number, they are as many as keys."""
+    *lead, rows, _ = tuple(mask.shape or (None, None))
+    if not lead:
         mask = spell.op("Unsqueeze", mask, spell.constant([0, 1], ir.DataType.INT64))
-    if not for_keys(mask, query):
+    if rows == queries:
         return mask
-    one, keys = spell.constant([1], ir.DataType.INT64), spell.op("Shape", mask, start=3)
-    return spell.op("Expand", mask, spell.op("Concat", one, one, keys, one, axis=0))
+    one = spell.constant([1], ir.DataType.INT64)
+    fixed = spell.constant([queries], ir.DataType.INT64) if isinstance(queries, int) else None
+    count = fixed or spell.op("Shape", mask, start=3)
+    return spell.op("Expand", mask, spell.op("Concat", one, one, count, one, axis=0))
 
 
 def replace(graph: ir.Graph, found: MultiHead) -> None:
@@ -117,7 +115,7 @@ def replace(graph: ir.Graph, found: MultiHead) -> None:
     count, width = sizes(found.query)[1], sizes(found.value)[3]
     parts: list[ir.Value | None] = [tokens(spell, each) for each in (found.query, found.key, found.value)]
     if found.mask is not None:
-        parts += [None, None, bias(spell, found.mask, tuple(found.query.shape or ()))]
+        parts += [None, None, bias(spell, found.mask, tuple(found.query.shape or ())[2])]
     made = spell.op("MultiHeadAttention", *parts, domain=MICROSOFT, num_heads=count, scale=found.scale)
     if out is None:
         made = spell.op("Transpose", spell.reshape(made, 2, count, width), perm=HEADS_AND_TOKENS)

@@ -47,7 +47,7 @@ def test_stages_and_their_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     some = Sample.choose(program, program, "sample").of(program)
     sampled, whole = (needed(table, program, checked, plain, 64, 9) for checked in (some, program))
     assert set(sampled) == {"verify", "lower"}
-    found = Widest.of(some)
+    found = Widest.of(some, table)
     by_torch = float32_bytes(some) + (64 << 20) + 3 * found.value + found.state
     assert sampled["verify"] - table.base_bytes == by_torch > 1.15 * plain.weight_bytes(some) + 13 * found.value
     assert sampled["verify"] < whole["verify"]
@@ -111,13 +111,17 @@ def test_the_command_refuses_before_it_starts(tmp_path: Path) -> None:
 def test_the_largest_value_and_the_largest_weight() -> None:
     program = tiny_program("tiny")
     decoder = part(program, ["text_decoder"])
-    found = Widest.of(decoder)
+    tables = [load_target(name).capabilities for name in ("executorch", "onnxruntime")]
+    found, blocks = (Widest.of(decoder, table) for table in tables)
     assert found.state == sum(4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state)
-    assert found.scores == 4 * 4 * 12 * 64  # heads, tokens, context
+    scores = 4 * 4 * 12 * 64  # heads, tokens, context
+    assert (found.scores, blocks.scores) == (int(3.3 * scores), int(1.1 * scores))
+    towers = [Widest.of(part(program, ["vision_encoder"]), table) for table in tables]
+    assert towers[0].scores > towers[1].scores == 0  # nothing is masked there
     caches = {4 * math.prod(spec.size({})) for spec in decoder.methods["text_decoder"].signature.state}
     assert {2 * size for size in caches} == {found.value}  # repeated for two heads each
-    assert Widest.of(program).value == max(Widest.of(part(program, [name])).value for name in program)
-    table = load_target("onnxruntime").capabilities
+    table = tables[1]
+    assert Widest.of(program, table).value == max(Widest.of(part(program, [n]), table).value for n in program)
     plain, coded = (resolve(recipe(name), program, "onnxruntime", table) for name in ("reference-fp32", "mobile-fast"))
     most = max(fake.numel() for traced in program.methods.values() for fake in traced.exported.state_dict.values())
     assert largest_bytes(program, plain) == 6 * most
