@@ -1,8 +1,8 @@
 """Attention of many queries as that of some at a time, where its scores would be large and a runtime holds them whole.
 
 Llama-3.2-Vision's tower attends among four tiles at once: 6432 tokens of 16 heads, 2.5 GiB of scores, two or three
-times over. Each query's output is its own, so slices of queries give the same numbers. coremltools has such a pass, too,
-`scaled_dot_product_attention_sliced_q`.
+times over. Each query's output is its own, so slices of queries give the same numbers. coremltools has such a pass,
+too: `scaled_dot_product_attention_sliced_q`.
 Shape suffixes: B batch, A heads, S queries, C keys, K head width.
 """
 

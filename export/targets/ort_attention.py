@@ -18,9 +18,10 @@ from torch import Tensor
 
 from export.targets.onnx_qdq import Spelling
 from export.targets.onnx_weights import derived, is_weight
-from export.targets.ort_cached import Attention, attention_of, sizes, tokens
+from export.targets.ort_cached import Attention, attention_of
 from export.targets.ort_masks import Hidden, made_by
 from export.targets.ort_patterns import MICROSOFT
+from export.targets.ort_scores import sizes, tokens
 
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
 #: the operator turns heads whose width is a multiple of this

@@ -9,72 +9,25 @@ Shape suffixes: B batch, A heads, S queries, C keys, K head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from export.targets.onnx_qdq import Spelling
-from export.targets.ort_cached import (
-    HEADS_AND_TOKENS,
-    MATRICES,
-    flattened,
-    only_reader,
-    permutes,
-    sizes,
-    tokens,
-    tokens_of,
-    unscaled,
-)
-from export.targets.ort_masks import made_by
 from export.targets.ort_patterns import MICROSOFT
-
-
-@dataclass(frozen=True)
-class MultiHead:
-    """One attention of heads [B, A, S, K] to [B, A, C, K]; `product` is what gives [B, A, S, K].
-
-    The mask is added to scores: [S, C], or [B or 1, A or 1, S or 1, C].
-    """
-
-    query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    mask: ir.Value | None
-    scale: float
-    product: ir.Node
+from export.targets.ort_scores import HEADS_AND_TOKENS, Scored, flattened, scored, sizes, tokens, tokens_of
 
 
 def fuse_multi_head(model: ir.Model) -> None:
     """Put the operator for every attention that it computes as it is."""
     for node in list(model.graph):
-        found = attention_of(node) if node.op_type == "Softmax" else None
+        found = scored(node) if node.op_type == "Softmax" else None
         if found is not None and fits(found):
             replace(model.graph, found)
     common.RemoveUnusedNodesPass()(model)
 
 
-def attention_of(softmax: ir.Node) -> MultiHead | None:
-    """The attention that a softmax is part of, in the spelling of `onnx_ops.attention`."""
-    product = only_reader(softmax.outputs[0], "MatMul")
-    masked = made_by(softmax.inputs[0], "Add")
-    scores, mask = softmax.inputs[0], None
-    if masked is not None:
-        scores, mask = masked.inputs
-    scored = made_by(scores, "MatMul")
-    if product is None or scored is None or product.inputs[0] is not softmax.outputs[0]:
-        return None
-    turned = made_by(scored.inputs[1], "Transpose")
-    if turned is None or not permutes(turned, MATRICES) or len(scored.outputs[0].uses()) != 1:
-        return None
-    query, scale = unscaled(scored.inputs[0])
-    key, value = turned.inputs[0], product.inputs[1]
-    assert key is not None
-    assert value is not None
-    return MultiHead(query, key, value, mask, scale, product)
-
-
-def fits(found: MultiHead) -> bool:
+def fits(found: Scored) -> bool:
     """Whether the operator takes these heads and that mask, and keys need not be turned anew for every token."""
     heads = (found.query, found.key, found.value)
     shapes = [tuple(each.shape or ()) for each in heads]
@@ -83,8 +36,9 @@ def fits(found: MultiHead) -> bool:
     (batch, count, queries, _), (_, _, keys, _), _ = shapes
     if any(shape[:2] != (batch, count) or not isinstance(shape[3], int) for shape in shapes):
         return False
-    own = isinstance(queries, int) or queries == keys or None not in map(tokens_of, heads[1:])
-    return own and isinstance(count, int) and (found.mask is None or covers(found.mask, shapes[0], keys))
+    if found.cap or not isinstance(count, int) or not (found.mask is None or covers(found.mask, shapes[0], keys)):
+        return False
+    return isinstance(queries, int) or queries == keys or None not in map(tokens_of, heads[1:])
 
 
 def covers(mask: ir.Value, query: Sequence[object], keys: object) -> bool:
@@ -108,7 +62,7 @@ def bias(spell: Spelling, mask: ir.Value, queries: object) -> ir.Value:
     return spell.op("Expand", mask, spell.op("Concat", one, one, count, one, axis=0))
 
 
-def replace(graph: ir.Graph, found: MultiHead) -> None:
+def replace(graph: ir.Graph, found: Scored) -> None:
     """Put the operator in place of one attention."""
     out = flattened(found.product.outputs[0])
     spell = Spelling(graph, out or found.product)
