@@ -141,7 +141,7 @@ def needed(
     widest = Widest.of(checked, table)
     values = VALUES * widest.value
     by_torch = float32_bytes(checked) + KEPT_BYTES + values + widest.state
-    computed = max(table.values * widest.value, values + widest.scores) + 3 * widest.state
+    computed = table.values * widest.value + widest.scores + 3 * widest.state
     if table.evaluated:
         loaded = table.evaluated * max(float32_bytes(part(checked, [method])) for method in checked)
     else:

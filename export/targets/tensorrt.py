@@ -69,8 +69,8 @@ class TensorRTTarget:
         gates={"bfloat16": 5e-2},
         base_bytes=760 << 20,
         values=20.0,  # the builder's, too
-        scores=6.5,
-        unmasked=6.5,
+        scores=5.6,
+        unmasked=5.6,
         held=1.7,  # what the builder copies of the weights, and the engine
     )
 
