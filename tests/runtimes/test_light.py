@@ -41,3 +41,23 @@ def test_only_large_quantized_layers_are_changed(monkeypatch: pytest.MonkeyPatch
     targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
     assert targets == [dequantize._opoverload, light.LINEAR, light.linear_by_rows]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, module(*given), strict=True))
+
+
+def test_half_convolutions_are_rounded_once() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 64, 9, 9, generator=draw), torch.randn(8, 64, 3, 3, generator=draw)
+    graph = fx.Graph()
+    made = []
+    for dtype in (torch.float16, torch.float32):
+        given = [graph.placeholder(f"{name}_{len(made)}") for name in ("x", "weight")]
+        node = graph.call_function(torch.ops.aten.conv2d.default, (*given, None, [2, 2], [1, 1]))
+        node.meta["val"] = torch.empty(1, 8, 5, 5, dtype=dtype)
+        made.append(node)
+    graph.output(tuple(made))
+    module = fx.GraphModule({}, graph)
+    light.lighten(module)
+    targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    assert targets == [light.in_float32, torch.ops.aten.conv2d.default]
+    half, whole = module(x.half(), weight.half(), x.half().float(), weight.half().float())
+    assert half.dtype == torch.float16
+    assert torch.equal(half, whole.half())
