@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -83,6 +84,12 @@ def as_traced(node: fx.Node, known: frozenset[Any]) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
     return not torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+
+
+def mode_of(exported: ExportedProgram) -> FakeTensorMode:
+    """The fake mode of a program's weights, or of its values where it has none."""
+    values = chain(exported.state_dict.values(), (node.meta.get("val") for node in exported.graph.nodes))
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
 def forget(graph: fx.Graph) -> None:

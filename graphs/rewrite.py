@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from graphs.errors import UserError
-from graphs.lift import lift
+from graphs.lift import lift, mode_of
 from graphs.program import Constant, Program
 from graphs.spec import Dim, TensorSpec
 from graphs.trace import trace_module
@@ -47,9 +46,7 @@ class Opened:
         exported = program.methods[method].exported
         module = exported.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        values = chain(exported.state_dict.values(), (node.meta.get("val") for node in exported.graph.nodes))
-        mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-        return cls(program, method, module, mode)
+        return cls(program, method, module, mode_of(exported))
 
     @property
     def graph(self) -> fx.Graph:

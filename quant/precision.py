@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
-from graphs.lift import WRITES, forget, infer, lift
+from graphs.lift import WRITES, forget, infer, lift, mode_of
 from graphs.program import Program, TracedMethod
 from graphs.spec import TensorSpec
 from graphs.trace import trace_module
@@ -44,7 +43,7 @@ class CastFloats:
 
 def recast(exported: ExportedProgram, inputs: tuple[TensorSpec, ...], dtype: torch.dtype) -> ExportedProgram:
     """`exported` (on fake tensors) with float32 replaced by `dtype` inside; traced anew only where it has to be."""
-    mode = next(t.fake_mode for t in exported.state_dict.values() if isinstance(t, FakeTensor))
+    mode = mode_of(exported)
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     with mode:

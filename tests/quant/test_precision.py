@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from export.verify import compare, program_signatures, record, seeded_inputs
+from graphs.program import Signature
 from graphs.rewrite import Opened
+from graphs.spec import TensorSpec
 from quant import precision
 from quant.insert import Choice, insert
 from quant.layers import layers
 from quant.precision import CastFloats
 from quant.scheme import Scheme
 from runtimes.eager import EagerRuntime
-from tests.tiny import tiny_program
+from tests.tiny import tiny_program, toy_program
 
 
 def attention(graph: Graph) -> list[Node]:
@@ -85,3 +88,21 @@ def test_not_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def is_linear(node: Node) -> bool:
     return node.target is torch.ops.aten.linear.default
+
+
+class Compared(nn.Module):
+    """A method without weights, as one that compares two embeddings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
+
+
+def test_a_method_without_weights() -> None:
+    source = toy_program("net", Compared, Signature((TensorSpec("x", (1, 8)),), (TensorSpec("y", (1, 8)),)))
+    half = CastFloats(torch.float16).run(source)
+    half.check()
+    softmax = half.methods["net"].exported.graph.find_nodes(op="call_function", target=torch.ops.aten.softmax.int)
+    assert [node.meta["val"].dtype for node in softmax] == [torch.float16]
+    inputs = seeded_inputs(program_signatures(source))
+    found = compare(record(EagerRuntime(half), inputs), record(EagerRuntime(source), inputs))
+    assert 0 < found["net"]["relative_l2"] < 1e-2
