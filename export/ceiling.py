@@ -147,7 +147,8 @@ def needed(
     else:
         loaded = LOADED * resolved.weight_bytes(checked)
     run = int(max(by_torch, loaded + computed))
-    held = int(table.held * resolved.weight_bytes(whole))
+    times = table.held if resolved.layers else max(table.held, table.held_floats)
+    held = int(times * resolved.weight_bytes(whole))
     written = largest_bytes(whole, resolved) + KEPT_BYTES  # beside what checking has left free, not returned
     stages = {
         "verify": table.base_bytes + run,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
@@ -103,7 +104,8 @@ def infer(module: fx.GraphModule) -> None:
     """Give nodes that have none a fake value, in the fake mode of those that have one."""
     known = (node.meta.get("val") for node in module.graph.nodes)
     mode = next(value.fake_mode for value in known if isinstance(value, FakeTensor))
-    with mode, torch.no_grad():
+    # as in tracing: composite operators, such as `pad`, would else read symbolic sizes as the numbers of an example
+    with mode, torch.no_grad(), enable_python_dispatcher():
         for node in module.graph.nodes:
             if "val" in node.meta or node.op == "output" or node.target is WRITES:
                 continue

@@ -35,6 +35,7 @@ class Capabilities:
     sliced: bool = False  # whether scores are those of slices (`attention_slices`)
     evaluated: float = 0.0  # bytes for each byte of a method's float32 weights, where it is not run but evaluated
     held: float = 0.0  # bytes of memory that lowering takes for each byte of packed weights
+    held_floats: float = 0.0  # the same where none is quantized, if it is more
 
     def limit(self, floats: str, quantized: bool) -> float:
         """The gate for a program kept in `floats`."""

@@ -74,6 +74,7 @@ class CoreMLTarget:
         base_bytes=700 << 20,
         evaluated=2.8,
         held=2.0,  # integers a byte each, and what is packed of them
+        held_floats=3.0,
         native=frozenset(PRECISION),
         gates={"float32": LIMITS["float16"]},
     )

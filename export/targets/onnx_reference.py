@@ -44,6 +44,7 @@ def evaluate(program: Program, method: str, path: Path, limit: Limit, seed: int 
         return f"not evaluated (its weights are {size / 2**30:.1f} GiB)"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # values go when they were read: plain scores are large
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     by = f"onnxruntime {onnxruntime.__version__}"
     if needs_float32(traced):

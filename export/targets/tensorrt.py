@@ -67,11 +67,11 @@ class TensorRTTarget:
         },
         symmetric=True,
         gates={"bfloat16": 5e-2},
-        base_bytes=760 << 20,
+        base_bytes=860 << 20,
         values=20.0,  # the builder's, too
         scores=5.6,
         unmasked=5.6,
-        held=1.7,  # what the builder copies of the weights, and the engine
+        held=2.0,  # what the builder copies of the weights, and the engine
     )
 
     def legalize(self, program: Program) -> Program:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from export.verify import compare, program_signatures, record, seeded_inputs
+from graphs import registry
 from graphs.program import Signature
 from graphs.rewrite import Opened
 from graphs.spec import TensorSpec
+from graphs.trace import trace
 from quant import precision
 from quant.insert import Choice, insert
 from quant.layers import layers
@@ -106,3 +108,14 @@ def test_a_method_without_weights() -> None:
     inputs = seeded_inputs(program_signatures(source))
     found = compare(record(EagerRuntime(half), inputs), record(EagerRuntime(source), inputs))
     assert 0 < found["net"]["relative_l2"] < 1e-2
+
+
+def test_sizes_stay_unknown() -> None:
+    """Idefics2 pads its patches' mask by an operator that torch decomposes."""
+    source = trace(registry.variant("idefics2", "tiny").architecture, {})
+    half = CastFloats(torch.float16).run(source)
+    for program in (source, half):
+        exported = program.methods["vision_encoder"].exported
+        values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
+        assert isinstance(values["patch_mask"].shape[1], torch.SymInt)
+        assert not values["patch_mask"].shape[1].node.expr.is_number
