@@ -139,8 +139,7 @@ def needed(
     `samples`: how many are calibrated with, `tokens`: those of a picture.
     """
     widest = Widest.of(checked, table)
-    values = VALUES * widest.value
-    by_torch = float32_bytes(checked) + KEPT_BYTES + values + widest.state
+    by_torch = float32_bytes(checked) + KEPT_BYTES + VALUES * widest.value + widest.state
     computed = table.values * widest.value + widest.scores + 3 * widest.state
     if table.evaluated:
         loaded = table.evaluated * max(float32_bytes(part(checked, [method])) for method in checked)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -89,7 +89,11 @@ def as_traced(node: fx.Node, known: frozenset[Any]) -> bool:
 
 def mode_of(exported: ExportedProgram) -> FakeTensorMode:
     """The fake mode of a program's weights, or of its values where it has none."""
-    values = chain(exported.state_dict.values(), (node.meta.get("val") for node in exported.graph.nodes))
+    return first_mode(chain(exported.state_dict.values(), (node.meta.get("val") for node in exported.graph.nodes)))
+
+
+def first_mode(values: Iterable[object]) -> FakeTensorMode:
+    """The fake mode of the first value that has one."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
@@ -102,8 +106,7 @@ def forget(graph: fx.Graph) -> None:
 
 def infer(module: fx.GraphModule) -> None:
     """Give nodes that have none a fake value, in the fake mode of those that have one."""
-    known = (node.meta.get("val") for node in module.graph.nodes)
-    mode = next(value.fake_mode for value in known if isinstance(value, FakeTensor))
+    mode = first_mode(node.meta.get("val") for node in module.graph.nodes)
     # as in tracing: composite operators, such as `pad`, would else read symbolic sizes as the numbers of an example
     with mode, torch.no_grad(), enable_python_dispatcher():
         for node in module.graph.nodes:

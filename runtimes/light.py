@@ -19,16 +19,14 @@ from quant import ops
 #: elements of a weight from which on it is dequantized in parts, and of a part
 LARGE, PART = 1 << 25, 1 << 22
 
-LINEAR = torch.ops.aten.linear.default
-CONVOLUTIONS = tuple(
-    getattr(getattr(torch.ops.aten, name), overload)
-    for name, overload in (
-        ("conv1d", "default"),
-        ("conv2d", "default"),
-        ("conv3d", "default"),
-        ("conv_transpose2d", "input"),
-        ("convolution", "default"),
-    )
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv_transpose2d.input,
+    aten.convolution.default,
 )
 
 

@@ -56,9 +56,8 @@ def compute(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any
     """`_ExportPassBase._fx`: a node of the new graph, its value, and what that was computed of."""
     node: Node | None = getattr(self, "at", None)
     made_of = (operator(target), *forms((args, kwargs))) if kind == "call_function" else None
-    known = made_of is not None and node is not None and "val" in node.meta and node.meta.get(MADE_OF) == made_of
     own = self.interpreter
-    if known and node is not None:
+    if made_of is not None and node is not None and "val" in node.meta and node.meta.get(MADE_OF) == made_of:
         self.interpreter = Recorded(node.meta["val"])
     try:
         made = COMPUTE(self, kind, target, args, kwargs, meta)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from export.verify import compare, program_signatures, record, seeded_inputs
@@ -19,6 +18,7 @@ from quant.layers import layers
 from quant.precision import CastFloats
 from quant.scheme import Scheme
 from runtimes.eager import EagerRuntime
+from tests.graphs.test_rewrite import Plain
 from tests.tiny import tiny_program, toy_program
 
 
@@ -92,15 +92,8 @@ def is_linear(node: Node) -> bool:
     return node.target is torch.ops.aten.linear.default
 
 
-class Compared(nn.Module):
-    """A method without weights, as one that compares two embeddings."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(x, -1)
-
-
 def test_a_method_without_weights() -> None:
-    source = toy_program("net", Compared, Signature((TensorSpec("x", (1, 8)),), (TensorSpec("y", (1, 8)),)))
+    source = toy_program("net", Plain, Signature((TensorSpec("x", (1, 8)),), (TensorSpec("y", (1, 8)),)))
     half = CastFloats(torch.float16).run(source)
     half.check()
     softmax = half.methods["net"].exported.graph.find_nodes(op="call_function", target=torch.ops.aten.softmax.int)

@@ -50,7 +50,7 @@ def keys(x_BSD: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A token's queries, keys and values, and attention among tokens or to `others`."""
+    """A token's queries, keys and values, and attention among tokens."""
 
     def __init__(self, mask: Mask, turned: bool = False, factor: float | None = None) -> None:
         super().__init__()
