@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -129,9 +130,12 @@ def lowered(
             fill(part, legal, method)
             methods[method] = executorch_grow.Grower(method, part, program, delegates).run(runs)
     try:
-        if None in methods.values():
-            with lowered(program, {method: [] for method in program}, partitioner, constants, prepared) as whole:
-                yield whole
+        left = [method for method, grown in methods.items() if grown is None]
+        if left:  # these are lowered whole
+            rest = replace(program, methods={method: program.methods[method] for method in left})
+            with lowered(rest, {method: [] for method in left}, partitioner, constants, prepared) as whole:
+                methods |= {method: whole.exported_program(method) for method in left}
+                yield EdgeProgramManager(methods, constants, edge.compile_config)
         else:
             yield EdgeProgramManager(methods, constants, edge.compile_config)
     finally:

@@ -29,7 +29,8 @@ from export.targets.executorch_delegates import Delegates, compact, shared, stru
 from graphs.lift import rebuilt
 from graphs.program import Program
 from graphs.rewrite import Opened
-from graphs.stack import form, stacked
+from graphs.shorten import inside
+from graphs.stack import DEPTHS, form, stacked
 
 #: layers of a run from which some are left out
 LEAST = 4
@@ -39,15 +40,28 @@ Stacks = Mapping[str, list[tuple[str, ...]]]
 
 
 def runs(program: Program, method: str) -> list[tuple[str, ...]]:
-    """The paths of layers that follow one another and are alike, of each stack that is long enough to be shortened."""
+    """The paths of layers that follow one another and are alike, of each stack that is long enough to be shortened.
+
+    Stages of a tower are no such stack; those within them are.
+    """
+    graph = Opened.open(program, method).graph
+    found: list[tuple[str, ...]] = []
+    for depth in DEPTHS:
+        whole = [path for paths in found for path in paths]
+        found += [paths for paths in followed(graph, depth) if len(paths) >= LEAST and not inside(paths[0], whole)]
+    return found
+
+
+def followed(graph: fx.Graph, depth: int) -> list[tuple[str, ...]]:
+    """The paths of layers at a depth that follow one another and are alike."""
     found: list[list[str]] = []
     last = None
-    for layer in stacked(Opened.open(program, method).graph):
+    for layer in stacked(graph, depth):
         if last is None or layer.given is not last.made or layer.kind != last.kind:
             found.append([])
         found[-1].append(layer.path)
         last = layer
-    return [tuple(paths) for paths in found if len(paths) >= LEAST]
+    return [tuple(paths) for paths in found]
 
 
 def middle(stacks: Stacks) -> dict[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from tests.export.targets.test_executorch import errors, lower
 from tests.tiny import toy_program
 
 WIDTH, CONTEXT, LAYERS = 160, 16, 7
+STAGES = (1, 6, 2, 5)
 LENGTH = Dim("length", 1, CONTEXT)
 
 
@@ -52,6 +53,21 @@ class Remembering(nn.Module):
         return x
 
 
+class Staged(nn.Module):
+    """A stack of one stage and one of several, at whose end is what other stages do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.ModuleList([Layer(False) for _ in range(depth)]) for depth in STAGES])
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        for number, stage in enumerate(self.stages, 1):
+            for layer in stage:
+                x = layer(x, positions)
+            x = torch.relu(x) * number
+        return x
+
+
 class Dense(nn.Module):
     """A stack that XNNPACK runs as a whole, so that no unit of it repeats."""
 
@@ -65,11 +81,11 @@ class Dense(nn.Module):
         return x * positions.to(x.dtype).unsqueeze(-1)
 
 
-def program(module: type[nn.Module]) -> Program:
+def program(module: type[nn.Module], method: str = "net") -> Program:
     inputs = (TensorSpec("x", (LENGTH, WIDTH)), TensorSpec("positions", (LENGTH,), torch.int64, "positions"))
     caches = [f"layers.{n}.cache" for n in range(LAYERS)] if module is Remembering else []
     state = tuple(TensorSpec(name, (CONTEXT, WIDTH)) for name in caches)
-    return toy_program("net", module, Signature(inputs, (TensorSpec("y", (LENGTH, WIDTH)),), state))
+    return toy_program(method, module, Signature(inputs, (TensorSpec("y", (LENGTH, WIDTH)),), state))
 
 
 def contents(path: Path) -> tuple[set[str], list[int], list[int]]:
@@ -112,6 +128,17 @@ def test_a_grown_file_is_the_lowered_one(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert made.details["methods"]["net"]["kernels"] == {"linear f32": LAYERS}
 
 
+def test_stacks_within_stages_are_grown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    net = program(Staged)
+    stacks = [tuple(f"stages.{stage}.{n}" for n in range(STAGES[stage])) for stage in (1, 3)]
+    assert executorch_grow.runs(net, "net") == stacks
+    found = watch(monkeypatch)
+    made = lower(net, tmp_path)
+    assert found == [True]
+    assert errors(net, made, tmp_path)["net"] < 1e-5
+    assert made.details["methods"]["net"]["kernels"] == {"linear f32": sum(STAGES)}
+
+
 def test_what_is_not_periodic_is_lowered_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     net = program(Dense)
     assert len(executorch_grow.runs(net, "net")) == 1
@@ -120,6 +147,19 @@ def test_what_is_not_periodic_is_lowered_whole(monkeypatch: pytest.MonkeyPatch, 
     assert found == [False, True]
     assert errors(net, made, tmp_path)["net"] < 1e-5
     assert made.details["methods"]["net"]["kernels"] == {"linear f32": LAYERS}
+
+
+def test_only_what_is_not_periodic_is_lowered_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second, third = program(Remembering), program(Dense, "dense"), program(Remembering, "last")
+    parts = (first, second, third)
+    methods, weights = ({k: v for part in parts for k, v in getattr(part, of).items()} for of in ("methods", "weights"))
+    net = replace(first, methods=methods, weights=weights)
+    found = watch(monkeypatch)
+    made = lower(net, tmp_path)
+    assert found == [True, False, True, True]  # the last is the second method's, which has no stack then
+    assert max(errors(net, made, tmp_path).values()) < 1e-5
+    plans = deserialize_pte_binary((tmp_path / FILE).read_bytes()).program.execution_plan
+    assert set(methods) <= {plan.name for plan in plans}
 
 
 def test_weights_that_are_parts_of_larger_tensors(tmp_path: Path) -> None:
