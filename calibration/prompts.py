@@ -49,13 +49,18 @@ class Prompt:
     answer: tuple[int, ...]
 
 
+def prompted(model: Model, program: Program) -> bool:
+    """Whether a model answers prompts, so that it can be calibrated."""
+    return model.architecture.template is not None and {EMBEDDING, DECODER} <= set(program)
+
+
 class Prompter:
     """Samples to prompts of one model."""
 
     def __init__(self, model: Model, program: Program, decode_steps: int) -> None:
         """Raises UserError where the model is none that answers prompts."""
         template = model.architecture.template
-        if template is None or not {EMBEDDING, DECODER} <= set(program):
+        if template is None or not prompted(model, program):
             raise UserError(f"{model.request.model} takes no prompts: only image-text decoders can be calibrated")
         processor, facts = model.architecture.image_processor, model.architecture.facts()
         found = load_tokenizer(model.directory) if model.directory else None

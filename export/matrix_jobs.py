@@ -177,13 +177,11 @@ def small(model: str) -> list[Request]:
 
 
 def grid(request: Request) -> Iterator[tuple[str, str]]:
-    """Passes and recipes: a target's own recipe, and for decoders a quantized one, with a pass; or all there are."""
+    """Passes and recipes: a target's own recipe, and a quantized one, with a pass for decoders; or all there are."""
     yield "", ""
     architecture = load_model(request).architecture
-    if not isinstance(architecture, ImageTextDecoder):
-        return
-    if "visual_tokens" not in architecture.facts():  # pictures are read by cross-attention
-        yield "", RECIPE
+    if not isinstance(architecture, ImageTextDecoder) or "visual_tokens" not in architecture.facts():
+        yield "", RECIPE  # no decoder, or one that reads pictures by cross-attention: no visual tokens to compress
         return
     tokens = architecture.image_embeds().shape[1]
     if isinstance(tokens, Dim):

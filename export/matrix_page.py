@@ -37,10 +37,10 @@ def page(rows: Sequence[Row], command: str, left: int) -> str:
         "L1: parameters of published sizes within 1% of the published count, or the same where that is rounded to two "
         "digits (1.7 B, 3 B). L2: every method of those sizes traced on "
         "fake tensors. L3: tests against transformers' implementation on random checkpoints. L4: the `tiny` variant on "
-        "each target, checked against its graph. L5: the same with a compression pass (where pictures are read by "
-        "cross-attention alone: without) and a quantizing recipe. Answers: what a bundle of the `tiny` variant says, "
-        "asked as `vlmx run` asks it, is what its graph says by torch. Plan: `vlmx plan` of every published size. A "
-        "blank was not run or is refused by name below; TensorRT engines are built, not executed.",
+        "each target, checked against its graph. L5: the same with a compression pass (without a decoder, or where "
+        "pictures are read by cross-attention alone: without) and a quantizing recipe. Answers: what a bundle of the "
+        "`tiny` variant says, asked as `vlmx run` asks it, is what its graph says by torch. Plan: `vlmx plan` of every "
+        "published size. A blank was not run or is refused by name below; TensorRT engines are built, not executed.",
         "",
         *ladder(rows),
         "",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from calibration.prompts import prompted
 from calibration.source import SUFFIX, Calibration
 from calibration.statistics import Statistics
 from export.bundle import check_destination, left_behind, staged, write_manifest
@@ -217,7 +218,7 @@ def export(options: ExportOptions, progress: Progress = to_stderr) -> Path:
             say(f"methods: {', '.join(source)}")
         with stages("compress", write(passes) or "no passes") as say:
             compressed = apply(passes, source)
-            resolved = resolve(chosen, compressed, options.target, table)
+            resolved = resolve(chosen, compressed, options.target, table, prompted(model, compressed))
             job = Job(options, target, model, passes, chosen, source, compressed, resolved)
             if passes:
                 say(f"visual tokens: {job.tokens['before']} -> {job.tokens['after']}")

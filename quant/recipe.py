@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -51,6 +51,10 @@ class Rule:
 
     def fits(self, layer: Weighed) -> bool:
         return self.kind in ("", layer.kind) and fnmatchcase(layer.path, self.match)
+
+    def uncalibrated(self) -> Rule:
+        """The same, its numbers found from weights alone."""
+        return replace(self, scales="mse" if self.scales == "gptq" else self.scales, rescale="")
 
 
 @dataclass(frozen=True)

@@ -139,23 +139,34 @@ def fits(layer: Weighed, scheme: Scheme) -> bool:
     return not group or (layer.kind != "conv" and layer.inputs % group == 0)
 
 
-def choose(layer: Weighed, rule: Rule, target: str, takes: Takes) -> Scheme | None:
-    """The first scheme of a rule that the target takes and the layer fits; None to keep floats. Raises UserError."""
+def choose(layer: Weighed, rule: Rule, target: str, takes: Takes, calibrated: bool) -> Scheme | None:
+    """The first scheme of a rule that the target takes and the layer fits; None to keep floats. Raises UserError.
+
+    Not `calibrated`: one whose activations are scaled as they come.
+    """
     offered = takes.schemes.get(layer.kind, ())
     for text in rule.schemes:
         if text == KEEP:
             return None
         scheme = Scheme.parse(text)
-        if text in offered and fits(layer, scheme):
+        if text in offered and fits(layer, scheme) and (calibrated or not scheme.needs_ranges):
             return scheme
     fitting = [text for text in offered if fits(layer, Scheme.parse(text))]
     wanted = ", ".join(rule.schemes)
+    if not calibrated and set(rule.schemes) & set(fitting):
+        raise UserError(
+            f"{wanted} in {layer.kind} layers as {layer.path}: ranges of activations are set by calibration, which "
+            "takes a model that answers prompts: choose recipe mobile-balanced, or write one of your own"
+        )
     other = nearest(rule.schemes[0], fitting) if fitting else "it takes none"
     raise UserError(f"{target} has no kernels for {wanted} in {layer.kind} layers as {layer.path}: {other}")
 
 
-def resolve(recipe: Recipe, program: Program, target: str, takes: Takes) -> Resolved:
-    """`recipe` on `program` for a target. Raises UserError naming what it does not take and the nearest it does."""
+def resolve(recipe: Recipe, program: Program, target: str, takes: Takes, calibrated: bool = True) -> Resolved:
+    """`recipe` on `program` for a target, by weights alone where it cannot be `calibrated`.
+
+    Raises UserError naming what it does not take and the nearest it does.
+    """
     floats = takes.floats[0] if recipe.floats == "native" else recipe.floats
     if floats not in takes.floats:
         raise UserError(
@@ -170,9 +181,9 @@ def resolve(recipe: Recipe, program: Program, target: str, takes: Takes) -> Reso
     chosen = {}
     for layer in all_layers(program) if recipe.layers else ():
         rule = recipe.rule(layer)
-        scheme = choose(layer, rule, target, takes) if rule else None
+        scheme = choose(layer, rule, target, takes, calibrated) if rule else None
         if rule and scheme:
-            chosen[layer.method, layer.entry] = (layer, scheme, rule)
+            chosen[layer.method, layer.entry] = (layer, scheme, rule if calibrated else rule.uncalibrated())
     has_state = any(traced.signature.state for traced in program.methods.values())
     return Resolved(
         recipe,

@@ -91,6 +91,43 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "schemes"),
+    [
+        ("mobile-balanced", {"image_encoder": {"w8a8t": 18}, "text_encoder": {"w8a8t": 13}}),
+        ("mobile-small", {"image_encoder": {"w4g32a8b": 18}, "text_encoder": {"w4g32a8b": 13}}),
+    ],
+)
+def test_what_cannot_be_calibrated_is_quantized_by_weights_alone(
+    tmp_path: Path, recipe: str, schemes: dict[str, dict[str, int]]
+) -> None:
+    options = ExportOptions(Request("siglip", "tiny"), "onnxruntime", recipe, out=tmp_path / "bundle")
+    manifest = json.loads((export(options, silent) / "manifest.json").read_text())
+    assert manifest["quantization"]["schemes"] == schemes
+    assert manifest["calibration"] is None
+    for method, widest in (("image_encoder", 0.3), ("text_encoder", 0.3), ("similarity", 0.0)):
+        entry = manifest["verification"][method]
+        assert entry["lower"]["passed"]
+        assert (entry["quantize"]["relative_l2"] > 0.0) == (widest > 0.0)
+        assert entry["quantize"]["relative_l2"] <= widest
+
+
+def test_static_ranges_of_what_cannot_be_calibrated_are_refused(tmp_path: Path) -> None:
+    options = ExportOptions(Request("siglip", "tiny"), "coreml", "server-int8", out=tmp_path / "bundle")
+    with pytest.raises(UserError, match=r"w8a8.*set by calibration.*choose recipe mobile-balanced"):
+        export(options, silent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_encoders_of_text_are_quantized_too(tmp_path: Path) -> None:
+    options = ExportOptions(
+        Request("florence2", "tiny"), "onnxruntime", "mobile-balanced", Calibration(count=2), out=tmp_path / "bundle"
+    )
+    manifest = json.loads((export(options, silent) / "manifest.json").read_text())
+    assert manifest["quantization"]["schemes"]["text_encoder"] == {"w8a8t": 16}
+    assert manifest["verification"]["text_encoder"]["lower"]["passed"]
+
+
+@pytest.mark.parametrize(
     ("target", "recipe", "told"),
     [
         ("executorch", "server-fp8", "executorch has no kernels for f8af8 in linear layers"),
