@@ -139,7 +139,7 @@ def fits(layer: Weighed, scheme: Scheme) -> bool:
     return not group or (layer.kind != "conv" and layer.inputs % group == 0)
 
 
-def choose(layer: Weighed, rule: Rule, target: str, takes: Takes, calibrated: bool) -> Scheme | None:
+def choose(layer: Weighed, rule: Rule, target: str, takes: Takes, calibrated: bool = True) -> Scheme | None:
     """The first scheme of a rule that the target takes and the layer fits; None to keep floats. Raises UserError.
 
     Not `calibrated`: one whose activations are scaled as they come.
