@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -130,13 +130,11 @@ def lowered(
             fill(part, legal, method)
             methods[method] = executorch_grow.Grower(method, part, program, delegates).run(runs)
     try:
-        left = [method for method, grown in methods.items() if grown is None]
-        if left:  # these are lowered whole
-            rest = replace(program, methods={method: program.methods[method] for method in left})
-            with lowered(rest, {method: [] for method in left}, partitioner, constants, prepared) as whole:
-                methods |= {method: whole.exported_program(method) for method in left}
-                yield EdgeProgramManager(methods, constants, edge.compile_config)
-        else:
+        left = [method for method, grown in methods.items() if grown is None]  # lowered whole, if any
+        rest = replace(program, methods={method: program.methods[method] for method in left})
+        again = lowered(rest, {method: [] for method in left}, partitioner, constants, prepared)
+        with again if left else nullcontext(edge) as whole:
+            methods |= {method: whole.exported_program(method) for method in left}
             yield EdgeProgramManager(methods, constants, edge.compile_config)
     finally:
         delegates.forget()
